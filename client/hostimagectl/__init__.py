@@ -1,0 +1,1 @@
+"""hostimagectl: the thin command line client of hostimaged."""

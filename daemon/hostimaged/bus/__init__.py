@@ -1,0 +1,1 @@
+"""The daemon's objects on the bus."""

@@ -1,0 +1,1 @@
+"""OCI images in a composefs repository: references, sources, layers, manifests, the pull."""

@@ -1,0 +1,174 @@
+"""Where things are on a host. No other module names an absolute host path.
+
+Nothing here touches the file system; a path that a caller's string is joined to is opened beneath its root by
+``hostimaged.system.syscalls.open_beneath``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class ContainersConfig:
+    """Configuration of the containers stack, as skopeo reads it.
+
+    ``explicit`` says that the files are given to skopeo by option (a scratch root); a live host leaves skopeo
+    to its own search, save for the auth file. ``auth_files`` are candidates, the first that exists counts.
+    """
+
+    policy: Path
+    registries: Path
+    certs_dir: Path
+    auth_files: tuple[Path, ...]
+    explicit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HostPaths:
+    """The places of one host; made by ``live``, ``scratch`` or ``target``.
+
+    ``physical_root`` holds the repository and all state; ``marker_dir`` the staged marker; ``run_dir`` our
+    own volatile state. Facts about the running system (``cmdline``, ``mountinfo``, ``boot_id``, ``efivars``)
+    are None where there is no running system to ask.
+    """
+
+    physical_root: Path
+    boot: Path
+    esp: Path | None
+    etc: Path
+    usr: Path
+    run_dir: Path
+    marker_dir: Path | None
+    cmdline: Path | None
+    mountinfo: Path | None
+    boot_id: Path | None
+    efivars: Path | None
+    containers: ContainersConfig
+    scratch_root: Path | None = None
+
+    @classmethod
+    def live(cls) -> Self:
+        """The running host."""
+        return cls._below(Path("/"), containers=_live_containers())
+
+    @classmethod
+    def scratch(cls, root: Path) -> Self:
+        """A host made of plain directories below ``root`` (option ``--root``)."""
+        root = root.absolute()
+        containers = ContainersConfig(
+            policy=root / "etc/containers/policy.json",
+            registries=root / "etc/containers/registries.conf",
+            certs_dir=root / "etc/containers/certs.d",
+            auth_files=_auth_files(root),
+            explicit=True,
+        )
+        return cls._below(root, containers=containers, scratch_root=root, esp=root / "efi")
+
+    @classmethod
+    def target(cls, sysroot: Path, boot: Path, esp: Path | None) -> Self:
+        """A host that does not run: an offline install below ``sysroot``."""
+        return cls(
+            physical_root=sysroot,
+            boot=boot,
+            esp=esp,
+            etc=sysroot / "etc",
+            usr=sysroot / "usr",
+            run_dir=sysroot / "state/hostimaged/run",
+            marker_dir=None,
+            cmdline=None,
+            mountinfo=None,
+            boot_id=None,
+            efivars=None,
+            containers=_live_containers(),
+        )
+
+    @classmethod
+    def _below(
+        cls,
+        root: Path,
+        *,
+        containers: ContainersConfig,
+        scratch_root: Path | None = None,
+        esp: Path | None = None,
+    ) -> Self:
+        return cls(
+            physical_root=root / "sysroot",
+            boot=root / "boot",
+            esp=esp,
+            etc=root / "etc",
+            usr=root / "usr",
+            run_dir=root / "run/hostimaged",
+            marker_dir=root / "run/composefs",
+            cmdline=root / "proc/cmdline",
+            mountinfo=root / "proc/self/mountinfo",
+            boot_id=root / "proc/sys/kernel/random/boot_id",
+            efivars=root / "sys/firmware/efi/efivars",
+            containers=containers,
+            scratch_root=scratch_root,
+        )
+
+    @property
+    def repository(self) -> Path:
+        """The composefs repository."""
+        return self.physical_root / "composefs"
+
+    @property
+    def state(self) -> Path:
+        """Our own persistent state."""
+        return self.physical_root / "state/hostimaged"
+
+    @property
+    def pulls(self) -> Path:
+        """The rows of what was pulled, and from where."""
+        return self.state / "pulls.json"
+
+    @property
+    def temporary(self) -> Path:
+        """Private directories of running jobs; emptied by recovery."""
+        return self.state / "tmp"
+
+    @property
+    def settings(self) -> tuple[Path, ...]:
+        """The settings file, then the directories of drop-ins in rising order of precedence."""
+        return (
+            self.etc / "hostimaged.toml",
+            self.usr / "lib/hostimaged.d",
+            self.etc / "hostimaged.d",
+        )
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Held exclusively by the daemon of this root."""
+        return self.run_dir / "daemon.lock"
+
+    @property
+    def job_lock(self) -> Path:
+        """Held exclusively by the worker of a mutating job."""
+        return self.run_dir / "lock"
+
+    @property
+    def jobs_file(self) -> Path:
+        """Job ids and running jobs, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "jobs.json"
+
+
+def _auth_files(root: Path) -> tuple[Path, ...]:
+    """The auth files bootc passes, most specific first."""
+    return (
+        root / "run/ostree/auth.json",
+        root / "etc/ostree/auth.json",
+        root / "usr/lib/ostree/auth.json",
+    )
+
+
+def _live_containers() -> ContainersConfig:
+    return ContainersConfig(
+        policy=Path("/etc/containers/policy.json"),
+        registries=Path("/etc/containers/registries.conf"),
+        certs_dir=Path("/etc/containers/certs.d"),
+        auth_files=_auth_files(Path("/")),
+        explicit=False,
+    )
