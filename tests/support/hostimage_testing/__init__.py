@@ -1,0 +1,1 @@
+"""What several kinds of test share: peers (cfsctl, registry), image layouts, tree comparison."""
