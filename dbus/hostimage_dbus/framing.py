@@ -1,0 +1,169 @@
+"""The parts of the D-Bus protocol below messages: addresses, authentication, and where a message ends.
+
+Bytes in, values out: no I/O here, and no D-Bus library. (D-Bus specification 0.43, "Server Addresses",
+"Authentication Protocol", "Message Format".)
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+#: Fixed part of a header: endianness, type, flags, version, body length, serial, length of the field array.
+FIXED_HEADER: Final = 16
+#: A message may not be longer than this (specification, "Message Format").
+MAX_MESSAGE: Final = 128 << 20
+#: A header longer than this is not parsed: names are at most 255 bytes and paths are short.
+MAX_HEADER: Final = 64 << 10
+#: No authentication line is longer than this.
+MAX_AUTH_LINE: Final = 16 << 10
+
+_BIG_ENDIAN: Final = ord("B")
+_LITTLE_ENDIAN: Final = ord("l")
+_KNOWN_FLAGS: Final = 0x07
+_OK_LINE: Final = re.compile(rb"OK [0-9a-fA-F]*\Z")
+
+
+class ProtocolError(Exception):
+    """The peer does not speak D-Bus as the specification says; the connection cannot go on."""
+
+
+class Kind(IntEnum):
+    """Message types."""
+
+    METHOD_CALL = 1
+    METHOD_RETURN = 2
+    ERROR = 3
+    SIGNAL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Longest body, in bytes, that is unmarshalled for each kind of message.
+
+    Unmarshalling holds up the event loop, so the limit of a service is low: 32 KiB of one-byte variants take
+    some tens of milliseconds. A longer body is skipped as it comes in and never held.
+    """
+
+    call: int = 32 << 10
+    signal: int = 4 << 20
+    reply: int = 16 << 20
+
+    def of(self, kind: int) -> int:
+        """The limit for messages of type ``kind``."""
+        if kind == Kind.METHOD_CALL:
+            return self.call
+        return self.signal if kind == Kind.SIGNAL else self.reply
+
+
+@dataclass(slots=True)
+class Frame:
+    """One message as bytes. ``oversize``: the body was over the limit and is missing, the header is whole."""
+
+    kind: int
+    data: bytearray
+    oversize: bool
+
+
+class Framer:
+    """Cuts a stream of bytes into messages without parsing them."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._buffer = bytearray()
+        self._skip = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take in bytes of the stream."""
+        if self._skip:
+            dropped = min(self._skip, len(data))
+            self._skip -= dropped
+            data = data[dropped:]
+        self._buffer += data
+
+    @property
+    def backlog(self) -> int:
+        """Bytes taken in that were not handed out yet."""
+        return len(self._buffer)
+
+    def next(self) -> Frame | None:
+        """The next whole message, or None until more bytes came. Raises ``ProtocolError``."""
+        buffer = self._buffer
+        if len(buffer) < FIXED_HEADER:
+            return None
+        endian = buffer[0]
+        if endian not in (_LITTLE_ENDIAN, _BIG_ENDIAN):
+            raise ProtocolError("message without endianness mark")
+        order = "<" if endian == _LITTLE_ENDIAN else ">"
+        body, _serial, fields = struct.unpack_from(order + "III", buffer, 4)
+        header = FIXED_HEADER + fields + (-fields & 7)
+        total = header + body
+        if total > MAX_MESSAGE:
+            raise ProtocolError("message over 128 MiB")
+        kind = buffer[1]
+        if body <= self._limits.of(kind) and header <= MAX_HEADER:
+            if len(buffer) < total:
+                return None
+            return Frame(kind, self._take(total), oversize=False)
+        if header > MAX_HEADER:
+            self._drop(total)
+            return self.next()
+        if len(buffer) < header:
+            return None
+        data = self._take(header)
+        self._drop(body)
+        # Without its body the message is well-formed again if it says that it has none.
+        struct.pack_into(order + "I", data, 4, 0)
+        return Frame(kind, data, oversize=True)
+
+    def _take(self, count: int) -> bytearray:
+        data = self._buffer[:count]
+        del self._buffer[:count]
+        # Flags of later versions of the protocol are to be ignored; the library may refuse them.
+        data[2] &= _KNOWN_FLAGS
+        return data
+
+    def _drop(self, count: int) -> None:
+        here = min(count, len(self._buffer))
+        del self._buffer[:here]
+        self._skip += count - here
+
+
+def parse_address(address: str) -> list[str]:
+    """Socket names to try for a server address, in order; an abstract one begins with NUL.
+
+    Only ``unix:path=`` and ``unix:abstract=`` are understood: a system bus is nothing else. Raises
+    ``ValueError`` if no part of the address is usable.
+    """
+    names = []
+    for entry in address.split(";"):
+        transport, _, options = entry.partition(":")
+        if transport != "unix":
+            continue
+        pairs = dict(pair.partition("=")[::2] for pair in options.split(","))
+        for key, prefix in (("path", ""), ("abstract", "\0")):
+            if pairs.get(key):
+                names.append(prefix + unquote_to_bytes(pairs[key]).decode("utf-8", "surrogateescape"))
+                break
+    if not names:
+        raise ValueError(f"bus address {address!r} names no unix socket")
+    return names
+
+
+def auth_request(uid: int) -> bytes:
+    """First bytes of a connection: the credentials byte and EXTERNAL authentication."""
+    return b"\0AUTH EXTERNAL " + str(uid).encode().hex().encode() + b"\r\n"
+
+
+def auth_answer(line: bytes) -> bytes:
+    """What to send after the server's answer; file descriptors are never negotiated.
+
+    Raises ``ProtocolError`` if the server refuses.
+    """
+    if not _OK_LINE.match(line):
+        raise ProtocolError("the bus refused the authentication")
+    return b"BEGIN\r\n"
