@@ -373,7 +373,7 @@ class Connection(asyncio.Protocol):
         *,
         droppable: bool = False,
     ) -> bool:
-        """Send a signal, a ``droppable`` one only if the connection is not congested; tells whether it went."""
+        """Send a signal, a ``droppable`` one only on a connection that is not congested; tells if it went."""
         if self._closed.is_set() or (droppable and self._congested):
             return False
         self._send(Message.new_signal(path, interface, member, signature, list(body)))
