@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from blockbuster import blockbuster_ctx
+from hypothesis import HealthCheck, settings
+
 from hostimage_testing.registry import Registry, running_registry
 from hostimage_testing.tools import require
-from hypothesis import HealthCheck, settings
 
 OUR_PACKAGES = ["hostimaged", "hostimagectl", "hostimage_dbus"]
 
 settings.register_profile(
-    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "default",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.register_profile("soak", parent=settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -58,7 +61,9 @@ def _leaks(files: dict[int, str], children: set[str], threads: set[threading.Thr
 
 def _kept(thread: threading.Thread) -> bool:
     # pytest-timeout's watch thread outlives the test it watches by a moment.
-    return thread.name.startswith("pytest_timeout") or "pytest_timeout" in repr(getattr(thread, "function", ""))
+    return thread.name.startswith("pytest_timeout") or "pytest_timeout" in repr(
+        getattr(thread, "function", "")
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -54,10 +54,12 @@ def file_chunks(path: Path) -> Iterator[bytes]:
 
 def _compressor(compression: str, out: _HashingFile, level: int | None) -> tuple[Any, Callable[[], object]]:
     if compression == "gzip":
-        stream = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=6 if level is None else level, mtime=0)  # type: ignore[arg-type]
+        stream = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=6 if level is None else level, mtime=0)
         return stream, stream.close
     if compression == "zstd":
-        writer = zstandard.ZstdCompressor(level=3 if level is None else level).stream_writer(out, closefd=False)  # type: ignore[arg-type]
+        writer = zstandard.ZstdCompressor(level=3 if level is None else level).stream_writer(
+            out, closefd=False
+        )
         return writer, writer.close
     if compression == "none":
         return out, lambda: None
@@ -86,7 +88,9 @@ class Layout:
         """File of the blob ``digest``."""
         return self.path / "blobs/sha256" / digest.removeprefix("sha256:")
 
-    def layer(self, tar: bytes | Iterable[bytes], compression: str = "gzip", level: int | None = None) -> Layer:
+    def layer(
+        self, tar: bytes | Iterable[bytes], compression: str = "gzip", level: int | None = None
+    ) -> Layer:
         """Store a tar as a layer blob, compressed by ``gzip``, ``zstd`` or ``none``."""
         diff = hashlib.sha256()
         temporary = self.path / f"blobs/.tmp-{os.getpid()}-{id(tar)}"

@@ -48,7 +48,9 @@ def running_registry(directory: Path) -> Iterator[Registry]:
     config = directory / "config.yml"
     config.write_text(_CONFIG.format(storage=storage, port=port))
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [program, "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
     try:
         _wait_ready(port, process, directory / "log")
         host = f"127.0.0.1:{port}"

@@ -1,4 +1,4 @@
-"""External programs that tests compare with: found, or skipped with a reason; in CI a missing one is an error."""
+"""External programs that tests compare with: found, or skipped with a reason; in CI missing is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ import pytest
 IN_CI = os.environ.get("CI") == "true"
 REPOSITORY_ROOT = Path(__file__).parents[3]
 # Where `make test` lets cargo put cfsctl, and where a user's own cargo puts it.
-_EXTRA_PATH = (REPOSITORY_ROOT / ".cache/tools/bin", Path.home() / ".cargo/bin", Path("/usr/sbin"), Path("/sbin"))
+_EXTRA_PATH = (
+    REPOSITORY_ROOT / ".cache/tools/bin",
+    Path.home() / ".cargo/bin",
+    Path("/usr/sbin"),
+    Path("/sbin"),
+)
 
 
 def find(program: str) -> str | None:
