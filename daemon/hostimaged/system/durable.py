@@ -1,0 +1,195 @@
+"""Files that survive a crash: the only module that renames or calls fsync.
+
+Two kinds of change are offered. A *replacement* (``replace_file``, ``replace_symlink``) shows either the old
+or the new whole content under a name. A *new file* (``NewFile``) has no name until it is complete. Functions
+raise ``OSError`` and leave nothing of theirs behind when they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.system import syscalls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self, TypeAlias
+
+    StrPath: TypeAlias = str | os.PathLike[str]
+    Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_ALPHABET: Final = string.ascii_letters + string.digits
+#: Length of the random part of a temporary name, as composefs-rs makes it: its clean-up knows ours by it.
+_RANDOM_LENGTH: Final = 12
+_NAME_TRIES: Final = 16
+
+#: What an ``open`` with O_TMPFILE says where the file system (EOPNOTSUPP) or the kernel cannot.
+_NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR})
+
+
+def temporary_name(prefix: str) -> str:
+    """``prefix`` and 12 random letters and digits."""
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_LENGTH))
+
+
+def write_all(fd: int, buffer: Buffer) -> None:
+    """Write the whole ``buffer`` to ``fd``: a single ``write`` may be short, on a full disk for one."""
+    written = os.write(fd, buffer)
+    view = memoryview(buffer).cast("B")
+    while written < len(view):
+        written += os.write(fd, view[written:])
+
+
+def sync_file(fd: int) -> None:
+    """Write the file open as ``fd`` to its device."""
+    os.fsync(fd)
+
+
+def sync_directory(directory: int | StrPath) -> None:
+    """Write the entries of a directory to its device."""
+    if isinstance(directory, int):
+        os.fsync(directory)
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_filesystem(fd: int) -> None:
+    """Write the whole file system that ``fd`` lies on to its device; raises if any write back failed."""
+    syscalls.syncfs(fd)
+
+
+def replace_file(path: StrPath, data: Buffer, mode: int = 0o644) -> None:
+    """Give ``path`` the content ``data`` and the mode ``mode`` (umask ignored), durably when this returns."""
+    path = Path(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with NewFile(directory, mode=mode, prefix=f".{path.name[:200]}.") as new:
+            os.fchmod(new.fd, mode)
+            write_all(new.fd, data)
+            sync_file(new.fd)
+            new.publish(directory, path.name, replace=True)
+        sync_directory(directory)
+    finally:
+        os.close(directory)
+
+
+def replace_symlink(
+    text: str, name: str, *, directory: int, temporary_directory: int, prefix: str = ".symlink-"
+) -> bool:
+    """Make ``name`` in ``directory`` a symbolic link with ``text``; says whether anything was changed.
+
+    Replaces what is there in one step, through a temporary link in ``temporary_directory`` of the same file
+    system. Not synced. A directory under that name stays, with ``OSError``.
+    """
+    try:
+        os.symlink(text, name, dir_fd=directory)
+    except FileExistsError:
+        pass
+    else:
+        return True
+    try:
+        if os.readlink(name, dir_fd=directory) == text:
+            return False
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOENT}:
+            raise
+    temporary = _with_temporary_name(prefix, lambda name: os.symlink(text, name, dir_fd=temporary_directory))
+    try:
+        os.rename(temporary, name, src_dir_fd=temporary_directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=temporary_directory)
+        raise
+    return True
+
+
+def _with_temporary_name(prefix: str, make: Callable[[str], object]) -> str:
+    """The temporary name for which ``make`` did not raise ``FileExistsError``."""
+    for _ in range(_NAME_TRIES):
+        name = temporary_name(prefix)
+        try:
+            make(name)
+        except FileExistsError:
+            continue
+        return name
+    raise FileExistsError(errno.EEXIST, "no free temporary name")
+
+
+class NewFile:
+    """A file being written that has no name, or a temporary one, until ``publish`` gives it its own.
+
+    O_TMPFILE where that works, so that even a crash leaves nothing; else a name ``prefix`` + 12 characters in
+    the directory. A context manager: leaving it closes the file, and removes it if it was not published.
+    ``fd`` is open for reading and writing; after ``seal`` read-only. One thread at a time.
+    """
+
+    __slots__ = ("_directory", "_prefix", "_temporary", "fd")
+
+    def __init__(self, directory: int, *, mode: int = 0o644, prefix: str = ".tmp-") -> None:
+        self._directory = directory
+        self._prefix = prefix
+        self._temporary: str | None = None
+        self.fd = -1
+        try:
+            self.fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, mode, dir_fd=directory)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+            self._temporary = _with_temporary_name(prefix, lambda name: self._create(name, mode))
+
+    def _create(self, name: str, mode: int) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
+        self.fd = os.open(name, flags, mode, dir_fd=self._directory)
+
+    def seal(self) -> None:
+        """Exchange ``fd`` for a read-only one, as fs-verity demands."""
+        writable, self.fd = self.fd, os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.close(writable)
+
+    def publish(self, directory: int, name: str, *, replace: bool = False) -> None:
+        """Give the file its name in ``directory``, which lies on the same file system. Not synced.
+
+        Raises ``FileExistsError`` if the name is taken, unless it is to be replaced.
+        """
+        if self._temporary is None and not replace:
+            syscalls.link_fd(self.fd, directory, name)
+            return
+        if self._temporary is None:
+            # There is no linkat that replaces.
+            self._temporary = _with_temporary_name(
+                self._prefix, lambda temporary: syscalls.link_fd(self.fd, self._directory, temporary)
+            )
+        if replace:
+            os.rename(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=directory)
+        else:
+            syscalls.rename_noreplace(self._temporary, name, source_fd=self._directory, target_fd=directory)
+        self._temporary = None
+
+    def close(self) -> None:
+        """Close the file; one without its name is gone. Closing twice is harmless."""
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary, dir_fd=self._directory)
+            self._temporary = None
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,311 @@
+"""System calls and ioctls that Python's ``os`` does not offer, each a thin typed function.
+
+The only module with ctypes, ioctl and flock. Policy (retries, time-outs, what an error means for a
+repository) is not here. Functions raise ``OSError`` as ``os`` does, except where their contract says
+otherwise. Numbers are those of the Linux user-space headers; fs-verity's come from ``linux/fsverity.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypeAlias
+
+    #: A path below a directory descriptor, or a path of its own.
+    StrPath: TypeAlias = str | os.PathLike[str]
+
+AT_FDCWD: Final = -100
+_RENAME_NOREPLACE: Final = 1
+_RENAME_EXCHANGE: Final = 2
+
+_SYS_OPENAT2: Final = 437  # the same on every architecture
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_IN_ROOT: Final = 0x10
+#: openat2 gives up with EAGAIN when a rename elsewhere races with a ``..``; a few tries are enough.
+_OPENAT2_TRIES: Final = 16
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, path: StrPath | None = None) -> int:
+    """``result`` of a libc call, or the ``OSError`` that errno tells."""
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), *([] if path is None else [os.fspath(path)]))
+    return result
+
+
+# --- fs-verity ---------------------------------------------------------------------------------------------
+
+
+class VerityUnsupported(OSError):
+    """The file system, or the kernel, has no fs-verity (for this hash)."""
+
+
+class VerityMissing(OSError):
+    """The file system supports fs-verity, the file does not have it."""
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    """An ioctl number of group ``f``. Some architectures encode the direction differently."""
+    if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")):
+        return {1: 4, 3: 6}[direction] << 29 | size << 16 | ord("f") << 8 | number
+    return direction << 30 | size << 16 | ord("f") << 8 | number
+
+
+_FS_IOC_ENABLE_VERITY: Final = _ioc(1, 133, 128)
+_FS_IOC_MEASURE_VERITY: Final = _ioc(3, 134, 4)
+#: version, hash algorithm, block size, salt size, salt, signature size, reserved, signature, reserved.
+_ENABLE_ARG: Final = struct.Struct("=IIIIQIIQ88s")
+_MEASURE_HEADER: Final = struct.Struct("=HH")
+_VERITY_BLOCK: Final = 4096
+
+
+def enable_verity(fd: int, algorithm_id: int) -> None:
+    """Enable fs-verity on the file that ``fd`` has open read-only: block size 4096, no salt, no signature.
+
+    Raises ``FileExistsError`` if it is enabled already, ``OSError`` with ETXTBSY while any descriptor of the
+    file is writable, ``VerityUnsupported`` where the file system has none or the kernel lacks the hash.
+    """
+    argument = _ENABLE_ARG.pack(1, algorithm_id, _VERITY_BLOCK, 0, 0, 0, 0, 0, b"")
+    try:
+        fcntl.ioctl(fd, _FS_IOC_ENABLE_VERITY, argument)
+    except OSError as error:
+        if error.errno in {errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOPKG}:
+            raise VerityUnsupported(error.errno, error.strerror) from None
+        raise
+
+
+def measure_verity(fd: int, algorithm_id: int, digest_size: int) -> bytes:
+    """The digest that the kernel enforces for the file open as ``fd``.
+
+    Raises ``VerityMissing`` or ``VerityUnsupported``, and ``ValueError`` if the file has a digest of another
+    hash.
+    """
+    buffer = bytearray(_MEASURE_HEADER.size + digest_size)
+    _MEASURE_HEADER.pack_into(buffer, 0, 0, digest_size)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_MEASURE_VERITY, buffer)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            raise VerityMissing(error.errno, error.strerror) from None
+        if error.errno in {errno.ENOTTY, errno.EOPNOTSUPP}:
+            raise VerityUnsupported(error.errno, error.strerror) from None
+        if error.errno == errno.EOVERFLOW:
+            raise ValueError("fs-verity digest of another hash") from None
+        raise
+    if _MEASURE_HEADER.unpack_from(buffer) != (algorithm_id, digest_size):
+        raise ValueError("fs-verity digest of another hash")
+    return bytes(buffer[_MEASURE_HEADER.size :])
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def syncfs(fd: int) -> None:
+    """Write everything of the file system that ``fd`` lies on to its device."""
+    _checked(_libc.syncfs(fd))
+
+
+def open_beneath(root: int | StrPath, path: StrPath, flags: int, mode: int = 0) -> int:
+    """Open ``path`` as if ``root``, a directory (descriptor or path), were the root directory; close-on-exec.
+
+    Absolute symbolic links and ``..`` stay beneath ``root``; magic links of /proc are refused with ELOOP.
+    """
+    if not isinstance(root, int):
+        directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return open_beneath(directory, path, flags, mode)
+        finally:
+            os.close(directory)
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    for _ in range(_OPENAT2_TRIES - 1):
+        try:
+            return _openat2(root, path, how)
+        except (BlockingIOError, InterruptedError):
+            continue
+    return _openat2(root, path, how)
+
+
+def _openat2(root: int, path: StrPath, how: bytes) -> int:
+    number, at, size = ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(root), ctypes.c_size_t(len(how))
+    return _checked(_libc.syscall(number, at, os.fsencode(path), how, size), path)
+
+
+def link_fd(fd: int, directory: int, name: str) -> None:
+    """Give the unnamed (O_TMPFILE) file open as ``fd`` the name ``name`` in ``directory``; needs /proc.
+
+    Raises ``FileExistsError`` if the name is taken.
+    """
+    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
+
+
+def _renameat2(source: StrPath, target: StrPath, source_fd: int, target_fd: int, flags: int) -> None:
+    _checked(
+        _libc.renameat2(source_fd, os.fsencode(source), target_fd, os.fsencode(target), ctypes.c_uint(flags)),
+        target,
+    )
+
+
+def rename_noreplace(
+    source: StrPath, target: StrPath, *, source_fd: int = AT_FDCWD, target_fd: int = AT_FDCWD
+) -> None:
+    """Rename; raises ``FileExistsError`` instead of replacing ``target``."""
+    _renameat2(source, target, source_fd, target_fd, _RENAME_NOREPLACE)
+
+
+def rename_exchange(
+    source: StrPath, target: StrPath, *, source_fd: int = AT_FDCWD, target_fd: int = AT_FDCWD
+) -> None:
+    """Let two existing names change places in one step."""
+    _renameat2(source, target, source_fd, target_fd, _RENAME_EXCHANGE)
+
+
+# --- locks -------------------------------------------------------------------------------------------------
+
+
+def try_flock(fd: int, *, exclusive: bool) -> bool:
+    """Take the flock of ``fd`` if that is possible at once; says whether it was.
+
+    Changing the kind of a lock one holds drops it first: after False nothing is held.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(fd: int) -> None:
+    """Drop the flock of ``fd``."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+# --- the process -------------------------------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_CAPBSET_READ: Final = 23
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+_CAPABILITY_VERSION_3: Final = 0x20080522
+
+
+def _prctl(option: int, *arguments: int) -> int:
+    padded = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    return _checked(_libc.prctl(ctypes.c_int(option), *padded))
+
+
+def set_parent_death_signal(signal: int) -> None:
+    """Have ``signal`` sent to this process when the *thread* that started it ends; 0 for none.
+
+    Does not survive a change of credentials. The caller checks afterwards that its parent is still there.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal)
+
+
+def set_no_new_privs() -> None:
+    """From now on no program this thread, or a child, executes gains privileges. Cannot be undone."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+class Capability(IntEnum):
+    """Capabilities, as numbered in ``linux/capability.h``."""
+
+    CHOWN = 0
+    DAC_OVERRIDE = 1
+    DAC_READ_SEARCH = 2
+    FOWNER = 3
+    FSETID = 4
+    KILL = 5
+    SETGID = 6
+    SETUID = 7
+    SETPCAP = 8
+    LINUX_IMMUTABLE = 9
+    NET_BIND_SERVICE = 10
+    NET_BROADCAST = 11
+    NET_ADMIN = 12
+    NET_RAW = 13
+    IPC_LOCK = 14
+    IPC_OWNER = 15
+    SYS_MODULE = 16
+    SYS_RAWIO = 17
+    SYS_CHROOT = 18
+    SYS_PTRACE = 19
+    SYS_PACCT = 20
+    SYS_ADMIN = 21
+    SYS_BOOT = 22
+    SYS_NICE = 23
+    SYS_RESOURCE = 24
+    SYS_TIME = 25
+    SYS_TTY_CONFIG = 26
+    MKNOD = 27
+    LEASE = 28
+    AUDIT_WRITE = 29
+    AUDIT_CONTROL = 30
+    SETFCAP = 31
+    MAC_OVERRIDE = 32
+    MAC_ADMIN = 33
+    SYSLOG = 34
+    WAKE_ALARM = 35
+    BLOCK_SUSPEND = 36
+    AUDIT_READ = 37
+    PERFMON = 38
+    BPF = 39
+    CHECKPOINT_RESTORE = 40
+
+
+def effective_capabilities() -> frozenset[int]:
+    """Numbers of the capabilities in this thread's effective set, unknown ones included."""
+    return _members(_capget()[0])
+
+
+def drop_capabilities(keep: Iterable[Capability]) -> None:
+    """Give up every capability but ``keep``: effective, permitted, inheritable, ambient and bounding set.
+
+    What is not held is not gained. Concerns the calling thread and those it starts later: call it before the
+    first thread. Without CAP_SETPCAP the bounding set cannot be changed; ``set_no_new_privs``, which callers
+    set as well, then keeps a program from regaining anything.
+    """
+    mask = sum(1 << capability for capability in keep)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    effective, permitted, inheritable = _capget()
+    if effective >> Capability.SETPCAP & 1:
+        for number in range(_last_capability() + 1):
+            if not mask >> number & 1 and _prctl(_PR_CAPBSET_READ, number):
+                _prctl(_PR_CAPBSET_DROP, number)
+    _capset(effective & mask, permitted & mask, inheritable & mask)
+
+
+def _last_capability() -> int:
+    return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+
+
+def _members(mask: int) -> frozenset[int]:
+    return frozenset(number for number in range(64) if mask >> number & 1)
+
+
+def _capget() -> tuple[int, int, int]:
+    """Effective, permitted and inheritable set of this thread as bit masks."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    data = ctypes.create_string_buffer(24)
+    _checked(_libc.capget(header, data))
+    words = struct.unpack("=6I", data.raw)
+    return words[0] | words[3] << 32, words[1] | words[4] << 32, words[2] | words[5] << 32
+
+
+def _capset(effective: int, permitted: int, inheritable: int) -> None:
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    sets = (effective, permitted, inheritable)
+    words = [mask >> shift & 0xFFFFFFFF for shift in (0, 32) for mask in sets]
+    _checked(_libc.capset(header, struct.pack("=6I", *words)))
