@@ -1,0 +1,44 @@
+# hostimaged: `make demo` and `make test` are each enough alone on a fresh machine (see README.md).
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check bench soak clean
+
+help:
+	@echo 'make demo    private bus, scratch root, sample image: the whole job end to end'
+	@echo 'make test    checks and all tests that can run on this machine'
+	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
+	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
+	@echo 'make soak    the random campaigns in full'
+	@echo 'make clean   remove the virtual environment and caches of this checkout'
+
+$(STAMP): pyproject.toml
+	@tests/setup/environment $(VENV)
+	@touch $@
+
+demo:
+	@tests/setup/programs demo
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(BIN)/python tests/demo/run.py
+
+test:
+	@tests/setup/programs test
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/pytest $(PYTEST_ARGS)
+	@tests/setup/programs summary
+
+check: $(STAMP)
+	@tests/setup/check $(BIN)
+
+bench: $(STAMP)
+	@PYTHONPATH=tests/support $(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+soak: $(STAMP)
+	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
