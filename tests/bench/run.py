@@ -67,65 +67,71 @@ def timed(argv: list[str], into: Measured | None) -> None:
         into.peak_kib.append(usage.ru_maxrss)
 
 
-def ours(root: Path, debian: Debian, image: str) -> list[str]:
-    """Command that pulls ``image`` as a worker of the daemon would."""
-    return [sys.executable, str(PULL), str(root), f"oci:{debian.layout}:{image}"]
+@dataclass(frozen=True)
+class Contestant:
+    """One of the two programs: how it makes an empty repository below a directory, and pulls into it."""
+
+    prepare: Callable[[Path], None]
+    pull: Callable[[Path, str], list[str]]
 
 
-def theirs(cfsctl: str, root: Path, debian: Debian, image: str) -> list[str]:
-    """Command that makes cfsctl pull ``image``."""
-    repository = str(root / "repository")
-    return [cfsctl, "--repo", repository, "--insecure", "oci", "pull", f"oci:{debian.layout}:{image}", image]
+def contestants(cfsctl: str, debian: Debian) -> dict[str, Contestant]:
+    """Both programs, set up to pull images of the same layout."""
+
+    def prepare_theirs(root: Path) -> None:
+        root.mkdir()
+        init = [cfsctl, "init", "--insecure", str(root / "repository")]
+        subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
+
+    def pull_theirs(root: Path, image: str) -> list[str]:
+        source = f"oci:{debian.layout}:{image}"
+        return [cfsctl, "--repo", str(root / "repository"), "--insecure", "oci", "pull", source, image]
+
+    def prepare_ours(root: Path) -> None:
+        scratch_host(root)
+
+    def pull_ours(root: Path, image: str) -> list[str]:
+        return [sys.executable, str(PULL), str(root), f"oci:{debian.layout}:{image}"]
+
+    return {
+        "hostimaged": Contestant(prepare_ours, pull_ours),
+        "cfsctl": Contestant(prepare_theirs, pull_theirs),
+    }
 
 
-def run_scenario(scenario: Scenario, debian: Debian, cfsctl: str, rounds: int, work: Path) -> str:
-    """One line of results."""
-    results = {"hostimaged": Measured(), "cfsctl": Measured()}
+def run_scenario(scenario: Scenario, programs: dict[str, Contestant], rounds: int, work: Path) -> str:
+    """One line of results; the programs take turns at being first."""
+    results = {name: Measured() for name in programs}
     for number in range(rounds):
-        for program in results if number % 2 else reversed(list(results)):
-            root = work / f"{program}-{number}"
-            command: Callable[[str], list[str]]
-            if program == "hostimaged":
-                scratch_host(root)
-                command = lambda image, at=root: ours(at, debian, image)  # noqa: E731
-            else:
-                root.mkdir()
-                subprocess.run(
-                    [cfsctl, "init", "--insecure", str(root / "repository")],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                command = lambda image, at=root: theirs(cfsctl, at, debian, image)  # noqa: E731
+        for name in programs if number % 2 else reversed(programs):
+            root = work / f"{name}-{number}"
+            programs[name].prepare(root)
             for image in scenario.before:
-                timed(command(image), None)
-            timed(command(scenario.image), results[program])
+                timed(programs[name].pull(root, image), None)
+            timed(programs[name].pull(root, scenario.image), results[name])
             shutil.rmtree(root)
-    our, their = results["hostimaged"], results["cfsctl"]
-    ratio = statistics.median(our.seconds) / statistics.median(their.seconds)
-    return (
-        f"{scenario.name:28} {statistics.median(our.seconds):8.2f} s {statistics.median(their.seconds):8.2f} s"
-        f" {ratio:8.2f} {max(our.peak_kib) / 1024:8.0f} MiB {max(their.peak_kib) / 1024:6.0f} MiB"
-    )
+    our, their = (statistics.median(measured.seconds) for measured in results.values())
+    peaks = (max(measured.peak_kib) / 1024 for measured in results.values())
+    memory = " ".join(f"{peak:7.0f} MiB" for peak in peaks)
+    return f"{scenario.name:28} {our:8.2f} s {their:8.2f} s {our / their:8.2f} {memory}"
 
 
 def main() -> None:
     """Run the chosen scenarios and print a table."""
     parser = argparse.ArgumentParser(description="pull benchmarks beside cfsctl")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program per scenario")
-    parser.add_argument(
-        "--cache", type=Path, default=Path(".cache/bench"), help="where the Debian image is kept"
-    )
+    parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="keeps the Debian image")
     parser.add_argument("scenario", nargs="*", help="only scenarios whose name contains one of these words")
     args = parser.parse_args()
     cfsctl = find("cfsctl")
     if cfsctl is None:
         raise SystemExit("cfsctl is not installed: nothing to compare with")
-    debian = prepare(args.cache.absolute() / "debian")
+    programs = contestants(cfsctl, prepare(args.cache.absolute() / "debian"))
     print(f"{'pull':28} {'hostimaged':>10} {'cfsctl':>10} {'ratio':>8} {'peak memory (ours, theirs)':>24}")
     with tempfile.TemporaryDirectory(dir=args.cache) as work:
         for scenario in SCENARIOS:
             if not args.scenario or any(word in scenario.name for word in args.scenario):
-                print(run_scenario(scenario, debian, cfsctl, args.rounds, Path(work)), flush=True)
+                print(run_scenario(scenario, programs, args.rounds, Path(work)), flush=True)
 
 
 if __name__ == "__main__":
