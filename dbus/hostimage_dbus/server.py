@@ -1,0 +1,314 @@
+"""The object server: objects on the bus as the shipped XML describes them.
+
+It dispatches method calls, answers the interfaces of the D-Bus specification (Peer, Introspectable,
+Properties, ObjectManager), keeps the value of every property, and sends exactly the signals that a property's
+annotation promises. Values live here, so reading one never computes anything. What a call means is its
+handler's matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from hostimage_dbus.errors import ErrorName
+from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method, load
+from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Connection, MethodCall, Variant
+
+__all__ = ["Export", "Handler", "ObjectServer"]
+
+PEER: Final = "org.freedesktop.DBus.Peer"
+INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
+PROPERTIES: Final = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
+
+UNKNOWN_METHOD: Final = "org.freedesktop.DBus.Error.UnknownMethod"
+UNKNOWN_INTERFACE: Final = "org.freedesktop.DBus.Error.UnknownInterface"
+UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.UnknownProperty"
+PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
+
+#: Calls of one connection, and of all, whose handlers may be waiting for something at the same time.
+CALLS_PER_SENDER: Final = 64
+CALLS_IN_ALL: Final = 512
+_INTERNAL: Final = "internal error; the journal has the details"
+
+#: Gets a call whose signature was checked; returns the values of the answer, now or later.
+Handler = Callable[[MethodCall], Sequence[Any] | Awaitable[Sequence[Any]]]
+
+_logger = logging.getLogger("hostimage_dbus")
+
+
+class Export:
+    """An interface of one object: the value of each property, a handler for each method.
+
+    Raises ``ValueError`` if either does not cover the interface exactly, so that introspection cannot lie.
+    """
+
+    def __init__(
+        self, interface: Interface, properties: Mapping[str, Any], methods: Mapping[str, Handler]
+    ) -> None:
+        for what, given, known in (
+            ("properties", properties, interface.properties),
+            ("methods", methods, interface.methods),
+        ):
+            if given.keys() != known.keys():
+                odd = ", ".join(sorted(given.keys() ^ known.keys()))
+                raise ValueError(f"{interface.name}: {what} do not match the interface: {odd}")
+        self.interface = interface
+        self.methods = methods
+        self.values = {name: self._variant(name, value) for name, value in properties.items()}
+        self._unsent: set[str] = set()
+
+    def change(self, changes: Mapping[str, Any]) -> bool:
+        """Take new values in; tells whether there is anything to announce."""
+        for name, value in changes.items():
+            variant = self._variant(name, value)
+            if variant == self.values[name]:
+                continue
+            if self.interface.properties[name].emits is Emits.CONST:
+                raise ValueError(f"{self.interface.name}.{name} is constant")
+            self.values[name] = variant
+            self._unsent.add(name)
+        return bool(self._unsent)
+
+    def announcement(self) -> tuple[dict[str, Variant], list[str]]:
+        """Changed values and invalidated names since the last announcement."""
+        emits = {name: self.interface.properties[name].emits for name in sorted(self._unsent)}
+        self._unsent.clear()
+        return (
+            {name: self.values[name] for name, how in emits.items() if how is Emits.TRUE},
+            [name for name, how in emits.items() if how is Emits.INVALIDATES],
+        )
+
+    def _variant(self, name: str, value: Any) -> Variant:
+        return Variant(self.interface.properties[name].signature, value)
+
+
+class ObjectServer:
+    """The objects of a service; the object at ``root`` is the ObjectManager of all below it.
+
+    Handlers that wait run as tasks of ``tasks``. ``translate`` turns a handler's exception into the error for
+    the caller; for None the caller gets ``Internal``, and the journal the traceback.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        root: str,
+        tasks: asyncio.TaskGroup,
+        translate: Callable[[Exception], BusError | None],
+    ) -> None:
+        self._connection = connection
+        self._root = root
+        self._tasks = tasks
+        self._translate = translate
+        self._objects: dict[str, dict[str, Export]] = {}
+        self._waiting: Counter[str] = Counter()
+        self._standard = load("standard.xml")
+        self._standard_handlers: dict[str, dict[str, Handler]] = {
+            PEER: {"Ping": lambda _: [], "GetMachineId": self._machine_id},
+            INTROSPECTABLE: {"Introspect": self._introspect},
+            PROPERTIES: {"Get": self._get, "Set": self._set, "GetAll": self._get_all},
+            OBJECT_MANAGER: {"GetManagedObjects": self._managed_objects},
+        }
+
+    def start(self) -> None:
+        """Answer calls from now on, those included that came before."""
+        self._connection.set_handler(self._dispatch)
+
+    # objects
+
+    def export(self, path: str, *exports: Export) -> None:
+        """Add the object at ``path``; one below the root is announced."""
+        if path in self._objects:
+            raise ValueError(f"{path} is exported already")
+        self._objects[path] = {export.interface.name: export for export in exports}
+        if self._is_managed(path):
+            interfaces = {export.interface.name: export.values for export in exports}
+            self._connection.emit(
+                self._root, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, interfaces]
+            )
+
+    def unexport(self, path: str) -> None:
+        """Remove the object at ``path``; one below the root is announced."""
+        exports = self._objects.pop(path)
+        if self._is_managed(path):
+            self._connection.emit(
+                self._root, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, list(exports)]
+            )
+
+    def change(
+        self, path: str, interface: str, changes: Mapping[str, Any], *, droppable: bool = False
+    ) -> None:
+        """Set properties; one PropertiesChanged tells those that really changed.
+
+        A ``droppable`` change (progress) is announced with the next one while the bus is slow.
+        """
+        export = self._objects[path][interface]
+        if not export.change(changes) or (droppable and self._connection.congested):
+            return
+        changed, invalidated = export.announcement()
+        if changed or invalidated:
+            self._connection.emit(
+                path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, changed, invalidated]
+            )
+
+    def emit(self, path: str, interface: str, signal: str, *arguments: Any) -> None:
+        """Send a signal of an exported interface."""
+        signature = self._objects[path][interface].interface.signals[signal]
+        self._connection.emit(path, interface, signal, signature, arguments)
+
+    def _is_managed(self, path: str) -> bool:
+        return path.startswith(self._root + "/")
+
+    # dispatch
+
+    def _dispatch(self, call: MethodCall) -> None:
+        try:
+            method, handler = self._find(call)
+            if call.signature != method.signature:
+                raise BusError(
+                    ErrorName.INVALID_ARGS,
+                    f"{method.name} takes arguments of type {method.signature!r}, not {call.signature!r}",
+                )
+            if inspect.iscoroutinefunction(handler):
+                self._admit(call)
+                self._waiting[call.sender] += 1
+                self._tasks.create_task(self._wait(call, method, handler))
+                return
+            result = handler(call)
+            assert not inspect.isawaitable(result)
+            self._connection.reply(call, method.out_signature, result)
+        except Exception as error:  # noqa: BLE001 (every call gets its answer)
+            self._fail(call, error)
+
+    async def _wait(self, call: MethodCall, method: Method, handler: Callable[[MethodCall], Any]) -> None:
+        try:
+            self._connection.reply(call, method.out_signature, await handler(call))
+        except asyncio.CancelledError:
+            self._connection.reply_error(call, ErrorName.CANCELLED, "the service is stopping")
+            raise
+        except Exception as error:  # noqa: BLE001 (every call gets its answer)
+            self._fail(call, error)
+        finally:
+            self._waiting[call.sender] -= 1
+            if not self._waiting[call.sender]:
+                del self._waiting[call.sender]
+
+    def _admit(self, call: MethodCall) -> None:
+        if self._waiting[call.sender] >= CALLS_PER_SENDER or self._waiting.total() >= CALLS_IN_ALL:
+            raise BusError(ErrorName.LIMITS_EXCEEDED, "too many calls are waiting for their answer")
+
+    def _fail(self, call: MethodCall, error: Exception) -> None:
+        known = error if isinstance(error, BusError) else self._translate(error)
+        if known is None:
+            _logger.error("call of %s failed", call.member, exc_info=error)
+            known = BusError(ErrorName.INTERNAL, _INTERNAL)
+        if not isinstance(known, BusClosed):
+            self._connection.reply_error(call, known.name, known.message)
+
+    def _find(self, call: MethodCall) -> tuple[Method, Handler]:
+        if call.oversize:
+            raise BusError(ErrorName.LIMITS_EXCEEDED, "the arguments are too long")
+        if call.interface is not None:
+            interface, handlers = self._interface_at(call.path, call.interface)
+            if call.member not in handlers:
+                raise BusError(UNKNOWN_METHOD, f"{call.interface} has no method {call.member}")
+            return interface.methods[call.member], handlers[call.member]
+        for name in (*self._objects.get(call.path, {}), *self._standard):
+            try:
+                interface, handlers = self._interface_at(call.path, name)
+            except BusError:
+                continue
+            if call.member in handlers:
+                return interface.methods[call.member], handlers[call.member]
+        self._check_path(call.path)
+        raise BusError(UNKNOWN_METHOD, f"there is no method {call.member} at {call.path}")
+
+    def _interface_at(self, path: str, name: str) -> tuple[Interface, Mapping[str, Handler]]:
+        if name == PEER:
+            return self._standard[name], self._standard_handlers[name]
+        self._check_path(path)
+        export = self._objects.get(path, {}).get(name)
+        if export is not None:
+            return export.interface, export.methods
+        if name not in self._interfaces_at(path):
+            raise BusError(UNKNOWN_INTERFACE, f"there is no interface {name} at {path}")
+        return self._standard[name], self._standard_handlers[name]
+
+    def _check_path(self, path: str) -> None:
+        if path not in self._objects and not self._children(path):
+            raise BusError(ErrorName.UNKNOWN_OBJECT, f"there is no object {path}")
+
+    def _interfaces_at(self, path: str) -> list[str]:
+        """Names of the standard interfaces at ``path``, which exists."""
+        names = [PEER, INTROSPECTABLE]
+        if path in self._objects:
+            names.append(PROPERTIES)
+        if path == self._root:
+            names.append(OBJECT_MANAGER)
+        return names
+
+    def _children(self, path: str) -> list[str]:
+        """Names of the nodes right below ``path``."""
+        prefix = path.rstrip("/") + "/"
+        found = {
+            other.removeprefix(prefix).partition("/")[0]
+            for other in self._objects
+            if other.startswith(prefix)
+        }
+        return sorted(found - {""})
+
+    # the interfaces of the specification
+
+    async def _machine_id(self, _call: MethodCall) -> Sequence[Any]:
+        return await self._connection.call(BUS, BUS_PATH, PEER, "GetMachineId", timeout=5.0)
+
+    def _introspect(self, call: MethodCall) -> Sequence[Any]:
+        exported = [export.interface.xml for export in self._objects.get(call.path, {}).values()]
+        standard = [self._standard[name].xml for name in self._interfaces_at(call.path)]
+        nodes = [f'  <node name="{name}"/>\n' for name in self._children(call.path)]
+        return [f"{DOCTYPE}<node>\n{''.join(exported + standard + nodes)}</node>\n"]
+
+    def _get(self, call: MethodCall) -> Sequence[Any]:
+        return [self._value(call.path, *call.body)]
+
+    def _value(self, path: str, interface: str, name: str) -> Variant:
+        for export in self._exports(path, interface):
+            if name in export.values:
+                return export.values[name]
+        raise BusError(UNKNOWN_PROPERTY, f"there is no property {name[:64]!a}")
+
+    def _set(self, call: MethodCall) -> Sequence[Any]:
+        self._value(call.path, *call.body[:2])
+        raise BusError(PROPERTY_READ_ONLY, "the property cannot be set")
+
+    def _get_all(self, call: MethodCall) -> Sequence[Any]:
+        (interface,) = call.body
+        return [
+            {name: v for export in self._exports(call.path, interface) for name, v in export.values.items()}
+        ]
+
+    def _exports(self, path: str, interface: str) -> list[Export]:
+        """The interfaces with properties that a call means; an empty name means all."""
+        exports = self._objects[path]
+        if interface == "":
+            return list(exports.values())
+        if interface in exports:
+            return [exports[interface]]
+        if interface in self._interfaces_at(path):
+            return []
+        raise BusError(UNKNOWN_INTERFACE, f"there is no interface {interface[:64]!a} at {path}")
+
+    def _managed_objects(self, _call: MethodCall) -> Sequence[Any]:
+        return [
+            {
+                path: {name: export.values for name, export in exports.items()}
+                for path, exports in self._objects.items()
+                if self._is_managed(path)
+            }
+        ]
