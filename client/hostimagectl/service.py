@@ -1,0 +1,200 @@
+"""The daemon as the client sees it: the calls of the Manager and what a reply may be.
+
+Every method raises ``Failure`` for an error answer, no answer, or one that breaks the interface.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
+from hostimage_dbus.transport import BusClosed, BusError, Connection, Variant
+from hostimagectl.failure import Failure
+from hostimagectl.job import Job
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+BUS: Final = "org.freedesktop.DBus"
+BUS_PATH: Final = "/org/freedesktop/DBus"
+PROPERTIES_INTERFACE: Final = "org.freedesktop.DBus.Properties"
+
+#: Name by which our jobs are told apart from those of other programs (option ``client-id``).
+CLIENT_ID: Final = "hostimagectl"
+#: Seconds that a call may take during which the user may be asked for a password.
+AUTHORIZATION_TIMEOUT: Final = 180.0
+
+
+class Bus(Protocol):
+    """What is used of ``hostimage_dbus.transport.Connection``."""
+
+    async def call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        timeout: float = ...,  # noqa: ASYNC109 - the transport's interface
+        interactive: bool = False,
+    ) -> list[Any]:
+        """Call a method and give the body of its reply."""
+        ...
+
+    async def add_match(self, rule: str) -> None:
+        """Ask the bus for signals."""
+        ...
+
+    def on_signal(self, callback: Callable[[str, str, str, list[Any], str], None]) -> Callable[[], None]:
+        """Call ``callback(path, interface, member, body, sender)`` for each signal; gives its end."""
+        ...
+
+    async def closed(self) -> object:
+        """Wait until the connection is lost."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A row of ``ListJobs``."""
+
+    id: int
+    kind: str
+    state: str
+    path: str
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every D-Bus variant replaced by what it holds."""
+    if isinstance(value, Variant):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+@asynccontextmanager
+async def connect() -> AsyncIterator[Service]:
+    """The service on the system bus (or the one that DBUS_SYSTEM_BUS_ADDRESS names).
+
+    The daemon need not run: the bus starts it at the first call.
+    """
+    try:
+        connection = await Connection.connect()
+    except (BusError, OSError) as error:
+        reason = error.message if isinstance(error, BusError) else error.strerror or "input/output error"
+        raise Failure.no_bus(reason) from None
+    try:
+        yield Service(connection)
+    finally:
+        await connection.close()
+
+
+class Service:
+    """Calls to the daemon over an open connection."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+
+    async def pull(self, image: str, *, expect_digest: str | None = None, queue: bool = True) -> str:
+        """Ask for a pull; gives the path of its job. ``image`` "" is the tracked image."""
+        options = {"client-id": Variant("s", CLIENT_ID)}
+        if expect_digest is not None:
+            options["expect-digest"] = Variant("s", expect_digest)
+        if not queue:
+            options["queue"] = Variant("b", False)
+        match await self._manager("Pull", "sa{sv}", [image, options], interactive=True):
+            case [str(path)]:
+                return path
+        raise Failure.bad_reply("Pull")
+
+    async def images(self) -> list[dict[str, object]]:
+        """The images in the repository."""
+        match plain(await self._manager("ListImages", "a{sv}", [{}])):
+            case [list(rows)] if all(isinstance(row, dict) for row in rows):
+                return rows
+        raise Failure.bad_reply("ListImages")
+
+    async def status(self) -> dict[str, Any]:
+        """The daemon's native status document."""
+        reply = await self._manager("GetStatus", "sa{sv}", ["native", {}])
+        try:
+            document = json.loads(reply[0])
+        except (IndexError, TypeError, ValueError, RecursionError):
+            raise Failure.bad_reply("GetStatus") from None
+        if not isinstance(document, dict):
+            raise Failure.bad_reply("GetStatus")
+        return document
+
+    async def jobs(self) -> list[JobRow]:
+        """Jobs that wait or run."""
+        rows = []
+        match await self._manager("ListJobs"):
+            case [list(items)]:
+                for item in items:
+                    match item:
+                        case [int(number), str(kind), str(state), str(path)]:
+                            rows.append(JobRow(number, kind, state, path))
+                        case _:
+                            raise Failure.bad_reply("ListJobs")
+                return rows
+        raise Failure.bad_reply("ListJobs")
+
+    async def job(self, path: str) -> Job:
+        """The job at ``path`` as it is now."""
+        return Job.from_properties(path, await self.job_properties(path))
+
+    async def job_properties(self, path: str) -> Mapping[str, object]:
+        """All properties of the job at ``path``."""
+        match plain(await self._call(path, PROPERTIES_INTERFACE, "GetAll", "s", [JOB_INTERFACE])):
+            case [dict(properties)]:
+                return properties
+        raise Failure.bad_reply("GetAll")
+
+    async def cancel(self, path: str) -> None:
+        """Ask the daemon to cancel the job at ``path``; returns when it agreed."""
+        await self._call(path, JOB_INTERFACE, "Cancel", "a{sv}", [{}], interactive=True)
+
+    async def owner(self) -> str | None:
+        """Unique name of the running daemon, None if it does not run."""
+        try:
+            reply = await self.bus.call(BUS, BUS_PATH, BUS, "GetNameOwner", "s", [BUS_NAME])
+        except BusClosed as error:
+            raise Failure.no_bus(error.message) from None
+        except BusError:
+            return None
+        return str(reply[0]) if reply else None
+
+    async def _manager(
+        self, member: str, signature: str = "", body: Sequence[Any] = (), *, interactive: bool = False
+    ) -> list[Any]:
+        return await self._call(
+            ROOT_PATH, MANAGER_INTERFACE, member, signature, body, interactive=interactive
+        )
+
+    async def _call(
+        self,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        interactive: bool = False,
+    ) -> list[Any]:
+        limit = {"timeout": AUTHORIZATION_TIMEOUT} if interactive else {}
+        try:
+            return await self.bus.call(
+                BUS_NAME, path, interface, member, signature, body, interactive=interactive, **limit
+            )
+        except BusClosed as error:
+            raise Failure.no_bus(error.message) from None
+        except BusError as error:
+            raise Failure.of_error(error.name, error.message) from None
