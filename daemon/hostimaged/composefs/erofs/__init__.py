@@ -1,10 +1,24 @@
 """composefs images: an EROFS file system that holds metadata and small files, and names the objects.
 
-Made from a tree by ``build``, read back by ``Image``. Images are not mounted here.
+Made from a tree by ``build``, read back by ``Image``. Images are not mounted here. Writer and reader are
+imported when first used: most users of this package want only ``Format``.
 """
 
 from __future__ import annotations
 
-from hostimaged.composefs.erofs.format import Format
+from typing import TYPE_CHECKING
 
-__all__ = ["Format"]
+from hostimaged.composefs.erofs.format import ErofsError, Format, UnsupportedTree
+
+if TYPE_CHECKING:
+    from hostimaged.composefs.erofs.writer import build
+
+__all__ = ["ErofsError", "Format", "UnsupportedTree", "build"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "build":
+        from hostimaged.composefs.erofs.writer import build
+
+        return build
+    raise AttributeError(name)
