@@ -183,6 +183,12 @@ class StorageError(HostimageError):
     """{detail}"""
 
 
+class ProgramMissing(HostimageError):
+    """{program} is needed and not installed: {detail}"""
+
+    name = ErrorName.NOT_SUPPORTED
+
+
 _ERRNO: Final[dict[int, type[HostimageError]]] = {
     errno.ENOSPC: NoSpace,
     errno.EDQUOT: NoSpace,
