@@ -1,0 +1,127 @@
+"""Where images come from: the interface of every source, and the choice among them.
+
+A source hands out bytes that are verified against the digests naming them; it stores nothing. Which way an
+image is fetched depends on its transport and on the signature policy that applies to it:
+
+* ``oci:`` layouts are read directly where the policy asks for no signature;
+* everything else goes through skopeo's image proxy, which enforces the policy from protocol 0.2.6 on;
+* an older proxy serves only images that need no signature; others are copied by ``skopeo copy``, which
+  enforces the policy, into a private directory and read from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self
+
+from hostimaged.errors import DigestMismatch, SignatureRejected
+from hostimaged.oci.policy import requirement
+from hostimaged.oci.reference import ImageReference, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+    from types import TracebackType
+
+    from hostimaged.ids import SourceDigest
+    from hostimaged.oci.models import Descriptor
+    from hostimaged.progress import Reporter
+    from hostimaged.system.paths import HostPaths
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedManifest:
+    """A manifest as a source gives it: the manifest for this machine where the name is that of a list.
+
+    ``source_digest`` is the source's digest of the manifest in its original form. It is the sha256 of
+    ``raw``, save for images in docker's format, where ``raw`` is a conversion to OCI.
+    """
+
+    raw: bytes
+    source_digest: SourceDigest
+
+
+class ImageSource(Protocol):
+    """One opened image. Methods may be called from several threads, and blobs read side by side."""
+
+    def manifest(self) -> FetchedManifest:
+        """The image's manifest, at most ``models.MAX_MANIFEST`` bytes."""
+
+    def config(self, descriptor: Descriptor) -> bytes:
+        """The configuration that the manifest names, at most ``models.MAX_CONFIG`` bytes.
+
+        Raises ``DigestMismatch`` unless its bytes have the descriptor's digest and size.
+        """
+
+    def blob(self, descriptor: Descriptor) -> AbstractContextManager[Iterator[bytes]]:
+        """The bytes of a blob, as transferred, in pieces of up to 1 MiB.
+
+        The iteration ends normally only if size and digest are the descriptor's, and raises
+        ``DigestMismatch`` otherwise. Leaving the context early abandons the transfer.
+        """
+
+    def close(self) -> None:
+        """Give up everything held; nothing else may be called afterwards."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_source(
+    reference: ImageReference, paths: HostPaths, work_dir: Path, reporter: Reporter
+) -> ImageSource:
+    """Open ``reference``, by the way its transport and the signature policy allow.
+
+    ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
+    a thread that lives as long as the source is used: helper processes die with it. ``reporter.at`` is
+    called while waiting, so that a cancelled job stops.
+
+    Raises ``SignatureRejected`` before anything is opened where the policy says so; ``ImageNotFound``,
+    ``RegistryAuth``, ``NetworkError``, ``UnsupportedImage``, ``ProgramMissing`` and ``StorageError`` for what
+    stands in the way.
+    """
+    required = requirement(paths.containers.policy, reference)
+    if required.rejects:
+        raise SignatureRejected(f"the signature policy {paths.containers.policy} rejects {reference}")
+    if reference.transport is Transport.OCI and required.accepts_anything:
+        from hostimaged.oci.layout import LayoutSource
+
+        layout = LayoutSource(reference)
+        if not layout.needs_conversion:
+            return layout
+        layout.close()
+    from hostimaged.oci.skopeo import open_image
+
+    return open_image(reference, paths.containers, work_dir, reporter, verify=not required.accepts_anything)
+
+
+def verified(chunks: Iterator[bytes], descriptor: Descriptor, what: str) -> Iterator[bytes]:
+    """Pass ``chunks`` on; ends normally only if they are the ``what`` that ``descriptor`` names.
+
+    Raises ``DigestMismatch``: for bytes too many at once, otherwise at the end.
+    """
+    sha256 = hashlib.sha256()
+    received = 0
+    for chunk in chunks:
+        received += len(chunk)
+        if received > descriptor.size:
+            raise wrong_size(descriptor, what, "more")
+        sha256.update(chunk)
+        yield chunk
+    if received != descriptor.size:
+        raise wrong_size(descriptor, what, f"{received} bytes")
+    actual = "sha256:" + sha256.hexdigest()
+    if actual != descriptor.digest:
+        raise DigestMismatch(what=what, expected=descriptor.digest, actual=actual)
+
+
+def wrong_size(descriptor: Descriptor, what: str, actual: str) -> DigestMismatch:
+    """The error for a ``what`` that is not as long as its descriptor says."""
+    return DigestMismatch(
+        what=f"{what} {descriptor.digest}", expected=f"{descriptor.size} bytes", actual=actual
+    )
