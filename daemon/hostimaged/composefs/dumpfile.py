@@ -13,6 +13,7 @@ import stat as st
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from hostimage_dbus.errors import ErrorName
+from hostimaged.composefs.bulk import no_gc
 from hostimaged.composefs.fsverity import Algorithm, FsVerityError, parse_hex, parse_pathname
 from hostimaged.composefs.tree import (
     BlockDevice,
@@ -82,9 +83,10 @@ def parse(
     """
     parser = _Parser(algorithm)
     try:
-        for line in _lines(data):
-            parser.line(line)
-        return parser.finish()
+        with no_gc():
+            for line in _lines(data):
+                parser.line(line)
+            return parser.finish()
     except (_Bad, FsVerityError) as error:
         where = f"{name}, line {parser.number}" if parser.number else name
         raise DumpfileError(f"{where}: {error}") from None

@@ -1,8 +1,8 @@
 """The inodes of an image being written: which there are, and in which order.
 
 V0 and V1 number them breadth first, add 256 stub whiteouts to the root (they hide the directories of the
-object store when that is a data layer of an overlay), and escape the tree's own whiteouts. V2 numbers them depth
-first and changes nothing. Facts: composefs-rs 0.9, erofs writer.
+object store when that is a data layer of an overlay), and escape the tree's own whiteouts. V2 numbers them
+depth first and changes nothing. Facts: composefs-rs 0.9, erofs writer.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ _FILE_TYPES: Final[dict[type, tuple[FileType, xa.Overlay]]] = {
     Symlink: (FileType.SYMLINK, xa.Overlay.NONE),
 }
 
+_WITH_OBJECT: Final = (External, ExternalNoVerity)
+
 _SELINUX: Final = b"security.selinux"
 _STUB_NAMES: Final = frozenset(b"%02x" % i for i in range(256))
 _STUB_MODE: Final = 0o644
@@ -56,8 +58,8 @@ class Inode:
     """An inode of the image. Fields after ``children`` are set when its place is found."""
 
     __slots__ = (
-        "blocks", "children", "content", "extended", "file_type", "group", "index", "layout", "names", "nlink",
-        "object_id", "offset", "size", "stat", "tail", "variant",
+        "blocks", "children", "content", "extended", "file_type", "group", "index", "layout", "names",
+        "nlink", "object_id", "offset", "size", "stat", "tail", "variant",
     )  # fmt: skip
 
     def __init__(self, file_type: FileType, stat: Stat, nlink: int, content: Content | None) -> None:
@@ -134,7 +136,7 @@ class _Collector:
         content = leaf.content
         file_type, overlay = _FILE_TYPES[type(content)]
         inode = Inode(file_type, leaf.stat, nlink, content)
-        if isinstance(content, External | ExternalNoVerity):
+        if isinstance(content, _WITH_OBJECT):
             inode.object_id = content.id
         inode.group = self._table.group(leaf.stat.xattrs, (), overlay, inode.object_id)
         return inode

@@ -1,7 +1,7 @@
 """Writes composefs images.
 
 ``build`` finds the inodes and their order (``inodes``), their xattrs (``xattrs``), gives each its place, and
-fills one buffer. Facts: EROFS on-disk format; composefs-rs 0.9, erofs writer; V0 and V1 are those of C composefs.
+fills one buffer. Facts: EROFS on-disk format; composefs-rs 0.9, erofs writer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs.bulk import no_gc
 from hostimaged.composefs.erofs.format import (
     BLOCK,
     BLOCK_BITS,
@@ -59,6 +60,8 @@ _MAX_TAIL: Final = BLOCK // 2
 _MAX_CHUNK_BITS: Final = 43
 #: Chunk format of V2: always the largest chunk, whatever the file's size.
 _V2_CHUNK_FORMAT: Final = 31
+_CHUNKED: Final = (External, ExternalNoVerity, Sparse)
+_DEVICES: Final = (CharDevice, BlockDevice)
 _U64: Final = (1 << 64) - 1
 _NULL_CHUNKS: Final = b"\xff" * BLOCK
 
@@ -70,7 +73,8 @@ def build(root: Directory, image_format: Format, algorithm: Algorithm) -> bytear
     Raises ``UnsupportedTree`` for what an image cannot hold.
     """
     try:
-        return _Writer(root, image_format, algorithm).write()
+        with no_gc():
+            return _Writer(root, image_format, algorithm).write()
     except struct.error:
         # Owners, times and device numbers come from outside and are only now seen to be out of range.
         raise UnsupportedTree("a number in the metadata of a file is out of range") from None
@@ -116,7 +120,7 @@ class _Writer:
         content = inode.content
         if inode.file_type is FileType.DIRECTORY:
             _measure_directory(inode)
-        elif isinstance(content, External | ExternalNoVerity | Sparse):
+        elif isinstance(content, _CHUNKED):
             inode.size = content.size
             inode.layout = LAYOUT_CHUNKED
             if not self._epoch1:
@@ -237,8 +241,8 @@ class _Writer:
             at = offset + EXTENDED_INODE.size
         else:
             COMPACT_INODE.pack_into(
-                image, offset, inode.layout, variant.icount, mode, inode.nlink, inode.size, 0, where, inode.index,
-                stat.uid, stat.gid, 0,
+                image, offset, inode.layout, variant.icount, mode, inode.nlink, inode.size, 0, where,
+                inode.index, stat.uid, stat.gid, 0,
             )  # fmt: skip
             at = offset + COMPACT_INODE.size
         if variant.size:
@@ -255,7 +259,7 @@ class _Writer:
                 return _V2_CHUNK_FORMAT
             chunks = _chunk_bits(inode.size) - BLOCK_BITS
             return block & 0xFFFF0000 | chunks if inode.blocks else chunks
-        if isinstance(content, CharDevice | BlockDevice):
+        if isinstance(content, _DEVICES):
             return content.rdev
         return block if inode.blocks else 0
 
@@ -318,6 +322,8 @@ def _directory_blocks(names: list[bytes]) -> list[tuple[int, int]]:
 
 def _write_directory(image: bytearray, inode: Inode, tail_at: int, data_at: int) -> None:
     names, children = inode.names, inode.children
+    # Not needed any more, and without these cycles the inodes are freed with the writer.
+    inode.children = []
     groups = _directory_blocks(names) if inode.blocks else [(0, len(names))]
     pack_into = DIRENT.pack_into
     for number, (first, last) in enumerate(groups):

@@ -1,7 +1,7 @@
 """Extended attributes of an image being written: encoding, name filter, sharing.
 
-Inodes with equal xattrs share one ``Group``, so the work is done once per distinct set, not once per inode. What
-differs for every external file, the two overlayfs attributes that name its object, is kept apart in it.
+Inodes with equal xattrs share one ``Group``, so the work is done once per distinct set, not once per inode.
+What differs for every external file, the two overlayfs attributes that name its object, is kept apart in it.
 Facts: EROFS on-disk format; composefs-rs 0.9, erofs writer.
 """
 
