@@ -39,7 +39,7 @@ class Settings(BaseModel):
         populate_by_name=False,
     )
 
-    tracked_image: str = Field(default="", max_length=1024)
+    tracked_image: str = Field(default="", max_length=4096)
     verity: Literal["require", "opportunistic"] = "require"
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
     log_level: LogLevel = "info"

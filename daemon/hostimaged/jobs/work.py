@@ -1,0 +1,37 @@
+"""What each operation does, inside a worker: the seam between jobs and the code that does the work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hostimaged.jobs import operations
+    from hostimaged.jobs.channel import Channel
+    from hostimaged.system.paths import HostPaths
+
+
+def pull(paths: HostPaths, operation: operations.Pull, channel: Channel) -> dict[str, Any]:
+    """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
+    from hostimaged.composefs.repository import Verity
+    from hostimaged.oci.pull import pull_image
+    from hostimaged.oci.reference import ImageReference
+
+    try:
+        result = pull_image(
+            paths,
+            ImageReference.parse(operation.reference),
+            expect_digest=operation.expect_digest,
+            verity=Verity(operation.verity),
+            lock_timeout=operation.lock_timeout,
+            reporter=channel,
+        )
+    finally:
+        scan(paths, None, channel)
+    return result.as_dict()
+
+
+def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
+    """Read the state of the host."""
+    from hostimaged.oci import scan as scanner
+
+    channel.status(scanner.scan(paths))

@@ -1,0 +1,111 @@
+"""The worker process: does the work of one job and ends (``python -m hostimaged.jobs.worker``).
+
+Started by ``hostimaged.jobs.process`` with a socket to the daemon. Before the first byte of input is read, it
+ties its life to the daemon's and gives up all privileges that its profile does not need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from hostimage_dbus.errors import ErrorName
+from hostimaged.errors import HostimageError, Internal, from_os_error
+from hostimaged.jobs.channel import Channel
+from hostimaged.jobs.operations import CAPABILITIES, Operation, Order, Profile
+from hostimaged.system import syscalls
+from hostimaged.system.locks import FileLock
+from hostimaged.system.paths import HostPaths
+
+#: Politeness towards everything else on the host.
+_NICE: Final = 10
+
+Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
+
+#: Where the function for each kind of operation is; imported only by the worker that needs it.
+WORK: Final[Mapping[str, str]] = {
+    "pull": "hostimaged.jobs.work:pull",
+    "scan": "hostimaged.jobs.work:scan",
+}
+
+
+def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> int:
+    """Run one order; exit code 0 if an outcome was reported, whatever it was."""
+    parser = argparse.ArgumentParser(prog="hostimaged worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--profile", type=Profile, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    _confine(arguments.profile, arguments.parent)
+    with socket.socket(fileno=arguments.fd) as sock:
+        sock.set_inheritable(False)
+        channel = Channel(sock)
+        try:
+            order = channel.read_order()
+            if order.operation.profile != arguments.profile:
+                raise Internal
+            channel.watch()
+            channel.result(_run(order, channel, work) or {})
+        except HostimageError as error:
+            if error.name is ErrorName.INTERNAL:
+                _log_failure(error)
+            channel.error(error.name, error.message)
+        except OSError as error:
+            _log_failure(error)
+            known = from_os_error(error, "the job failed")
+            channel.error(known.name, known.message)
+        except Exception as error:  # noqa: BLE001 (the daemon is told, the journal gets the traceback)
+            _log_failure(error)
+            channel.error(ErrorName.INTERNAL, Internal().message)
+    return 0
+
+
+def _confine(profile: Profile, parent: int) -> None:
+    """Tie this process to the daemon, and give up privileges."""
+    syscalls.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the daemon is gone")
+    os.nice(_NICE)
+    syscalls.set_no_new_privs()
+    syscalls.drop_capabilities(CAPABILITIES[profile])
+
+
+def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, Any] | None:
+    operation: Operation = order.operation
+    paths = HostPaths.live() if order.root is None else HostPaths.scratch(Path(order.root))
+    module, _, function = work[operation.kind].partition(":")
+    do: Work = getattr(import_module(module), function)
+    lock = (
+        FileLock(
+            paths.job_lock,
+            timeout=operation.lock_timeout,
+            what=str(paths.job_lock),
+            check=channel.check,
+        )
+        if operation.mutating
+        else nullcontext()
+    )
+    with lock:
+        return do(paths, operation, channel)
+
+
+def _log_failure(error: BaseException) -> None:
+    """The traceback, for the journal (structlog is imported only here: most workers never need it)."""
+    import structlog
+
+    from hostimaged import log
+
+    log.configure("info")
+    structlog.get_logger("hostimaged.worker").error("worker.fail", exc_info=error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
