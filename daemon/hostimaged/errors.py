@@ -173,6 +173,12 @@ class UnsupportedImage(HostimageError):
     name = ErrorName.UNSUPPORTED_IMAGE
 
 
+class JobNotCancellable(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.JOB_NOT_CANCELLABLE
+
+
 class LockTimeout(HostimageError):
     """{what} is locked by {holder}"""
 

@@ -1,0 +1,192 @@
+"""The daemon's side of a worker process: start it, read its events, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from hostimage_dbus.errors import ErrorName
+from hostimaged.errors import Cancelled, Internal
+from hostimaged.jobs.channel import CANCEL
+from hostimaged.jobs.events import MAX_EVENT, ErrorEvent, Event, InvalidEvent, ResultEvent, parse_event
+from hostimaged.jobs.job import Failure
+from hostimaged.jobs.operations import Operation, Order
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+#: How a worker is started; ``-P`` keeps the current directory out of the import path.
+COMMAND: Final = (sys.executable, "-P", "-m", "hostimaged.jobs.worker")
+
+#: Seconds a cancelled worker gets to stop by itself, then after SIGTERM; then it is killed.
+COOPERATIVE: Final = 5.0
+TERMINATION: Final = 2.0
+#: Seconds a worker may live after its last event.
+_LINGER: Final = 5.0
+#: What must not be passed on: it speaks to the daemon, not to a worker.
+_PRIVATE_ENVIRONMENT: Final = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
+    | {"DBUS_SYSTEM_BUS_ADDRESS", "DBUS_STARTER_ADDRESS", "DBUS_STARTER_BUS_TYPE"}
+)
+
+_logger = structlog.get_logger("hostimaged.jobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a worker ended: with a result, or a failure."""
+
+    result: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What is the same for all workers of a daemon; times are seconds."""
+
+    root: Path | None
+    command: Sequence[str] = COMMAND
+    cooperative: float = COOPERATIVE
+    termination: float = TERMINATION
+
+
+class Worker:
+    """One worker process, for one operation. ``run`` once; ``cancel`` at any time, from the same loop."""
+
+    def __init__(self, settings: WorkerSettings, operation: Operation) -> None:
+        self._settings = settings
+        self._operation = operation
+        self._cancelled = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Have the worker stop: by a message, then SIGTERM, then SIGKILL."""
+        self._cancelled.set()
+
+    async def run(self, on_event: Callable[[Event], None]) -> Outcome:
+        """Run the worker to its end; ``on_event`` gets every event. If cancelled, the worker is killed."""
+        if self._cancelled.is_set():
+            return _cancelled()
+        ours, theirs = socket.socketpair()
+        try:
+            process = await self._spawn(theirs)
+        except OSError as error:
+            ours.close()
+            _logger.error("worker.start-failed", error=error.strerror)
+            return Outcome(failure=Failure(ErrorName.INTERNAL, "the worker process could not be started"))
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_EVENT)
+        root = None if self._settings.root is None else str(self._settings.root)
+        order = Order(root=root, operation=self._operation)
+        writer.write(order.model_dump_json().encode() + b"\n")
+        async with asyncio.TaskGroup() as group:
+            escalation = group.create_task(self._escalate(process, writer))
+            try:
+                outcome = await _read_outcome(reader, on_event)
+                if outcome is not None:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_LINGER):
+                            await process.wait()
+            finally:
+                escalation.cancel()
+                _kill(process, signal.SIGKILL)
+                await process.wait()
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+        return self._judge(process, outcome)
+
+    async def _spawn(self, theirs: socket.socket) -> asyncio.subprocess.Process:
+        arguments = (
+            "--fd", str(theirs.fileno()),
+            "--profile", str(self._operation.profile),
+            "--parent", str(os.getpid()),
+        )  # fmt: skip
+        return await asyncio.create_subprocess_exec(
+            *self._settings.command,
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            # Its own process group: what it starts is signalled with it, a terminal's Ctrl-C is not for it.
+            start_new_session=True,
+            env=_environment(os.environ),
+        )
+
+    async def _escalate(self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
+        await self._cancelled.wait()
+        with suppress(OSError):
+            writer.write(CANCEL)
+        await asyncio.sleep(self._settings.cooperative)
+        _logger.warning("worker.terminate", pid=process.pid)
+        _kill(process, signal.SIGTERM)
+        await asyncio.sleep(self._settings.termination)
+        _logger.warning("worker.kill", pid=process.pid)
+        _kill(process, signal.SIGKILL)
+
+    def _judge(self, process: asyncio.subprocess.Process, outcome: Outcome | None) -> Outcome:
+        if outcome is not None and outcome.failure is None:
+            # Done before it noticed the cancellation: what is done is told as done.
+            return outcome
+        if self._cancelled.is_set():
+            return _cancelled()
+        if outcome is not None:
+            return outcome
+        code = process.returncode or 0
+        _logger.error("worker.died", pid=process.pid, code=code)
+        if code < 0:
+            how = f"the worker process was killed by {_signal_name(-code)}"
+        else:
+            how = "the worker process ended without a result"
+        return Outcome(failure=Failure(ErrorName.INTERNAL, how))
+
+
+async def _read_outcome(reader: asyncio.StreamReader, on_event: Callable[[Event], None]) -> Outcome | None:
+    """Read events up to the last; None if the worker ended without one."""
+    try:
+        while line := await reader.readline():
+            event = parse_event(line)
+            if isinstance(event, ResultEvent):
+                return Outcome(result=event.result)
+            if isinstance(event, ErrorEvent):
+                return Outcome(failure=Failure(event.name, event.message))
+            on_event(event)
+    except (InvalidEvent, ValueError) as error:
+        # ValueError: a line longer than the limit.
+        _logger.error("worker.bad-event", error=str(error))
+        return Outcome(failure=Failure.of(Internal()))
+    except OSError:
+        # The socket of a killed worker may be reset.
+        return None
+    return None
+
+
+def _kill(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Signal the worker and what it started; the worker is not yet waited for, so its id is still its own."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+
+
+def _cancelled() -> Outcome:
+    return Outcome(failure=Failure.of(Cancelled()))
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key not in _PRIVATE_ENVIRONMENT}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
