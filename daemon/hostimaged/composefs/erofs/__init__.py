@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from hostimaged.composefs.erofs.format import ErofsError, Format, UnsupportedTree
 
 if TYPE_CHECKING:
+    from hostimaged.composefs.erofs.reader import Image
     from hostimaged.composefs.erofs.writer import build
 
-__all__ = ["ErofsError", "Format", "UnsupportedTree", "build"]
+__all__ = ["ErofsError", "Format", "Image", "UnsupportedTree", "build"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> object:
         from hostimaged.composefs.erofs.writer import build
 
         return build
+    if name == "Image":
+        from hostimaged.composefs.erofs.reader import Image
+
+        return Image
     raise AttributeError(name)

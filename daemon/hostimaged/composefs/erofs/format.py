@@ -48,6 +48,9 @@ LAYOUT_CHUNKED: Final = 8
 #: Deepest nesting of directories, the root being 0 (composefs-rs 0.9 reads no more).
 MAX_DEPTH: Final = 2047
 
+#: Names of the whiteouts that V0 and V1 put into the root.
+STUB_NAMES: Final = frozenset(b"%02x" % i for i in range(256))
+
 #: nid, offset of the name, type.
 DIRENT: Final = struct.Struct("<QHBx")
 

@@ -11,7 +11,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostimaged.composefs.erofs import xattrs as xa
-from hostimaged.composefs.erofs.format import MAX_DEPTH, MAX_NAME, FileType, Format, UnsupportedTree
+from hostimaged.composefs.erofs.format import (
+    MAX_DEPTH,
+    MAX_NAME,
+    STUB_NAMES,
+    FileType,
+    Format,
+    UnsupportedTree,
+)
 from hostimaged.composefs.tree import (
     BlockDevice,
     CharDevice,
@@ -50,7 +57,6 @@ _FILE_TYPES: Final[dict[type, tuple[FileType, xa.Overlay]]] = {
 _WITH_OBJECT: Final = (External, ExternalNoVerity)
 
 _SELINUX: Final = b"security.selinux"
-_STUB_NAMES: Final = frozenset(b"%02x" % i for i in range(256))
 _STUB_MODE: Final = 0o644
 
 
@@ -277,13 +283,13 @@ def _with_stubs(root: Directory) -> tuple[list[tuple[bytes, Node]], set[Leaf]]:
     stat = root.stat
     label = stat.xattrs.get(_SELINUX)
     stub_stat = stat._replace(mode=_STUB_MODE, xattrs={} if label is None else {_SELINUX: label})
-    stubs = {name: Leaf(stub_stat, CharDevice(0)) for name in sorted(_STUB_NAMES) if name not in root.entries}
+    stubs = {name: Leaf(stub_stat, CharDevice(0)) for name in sorted(STUB_NAMES) if name not in root.entries}
     return _sorted_entries({**root.entries, **stubs}), set(stubs.values())
 
 
 def _like_stub(name: bytes, stat: Stat, root: Stat) -> bool:
     """Whether a whiteout of the tree in the root cannot be told from a stub, and is treated as one."""
-    if name not in _STUB_NAMES or stat.mode != _STUB_MODE or stat[1:5] != root[1:5]:
+    if name not in STUB_NAMES or stat.mode != _STUB_MODE or stat[1:5] != root[1:5]:
         return False
     label = root.xattrs.get(_SELINUX)
     return stat.xattrs == ({} if label is None else {_SELINUX: label})
