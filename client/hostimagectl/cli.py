@@ -6,7 +6,6 @@ Nothing but the standard library and the error table is imported before a comman
 from __future__ import annotations
 
 import argparse
-import asyncio
 import errno
 import importlib
 import signal
@@ -132,6 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    import asyncio
+    import logging
+
+    # What libraries log is for developers; without a handler it would go to standard error.
+    logging.getLogger().addHandler(logging.NullHandler())
     command = importlib.import_module(f"hostimagectl.commands.{arguments.command}")
     try:
         code = asyncio.run(command.run(arguments, console))

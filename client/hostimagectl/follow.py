@@ -151,7 +151,8 @@ class Follower:
             self._fail(failure)
             return
         self._watch.focus(path)
-        self._owner = self._watch.owner
+        # "" is no owner: a daemon that went away right after its reply is to be noticed.
+        self._owner = self._watch.owner or ""
         self.path = path
         self._wake.set()
         await self._look(path)
@@ -206,9 +207,7 @@ class Follower:
             else:
                 self._display.note("hostimaged is back; asking what became of the job")
                 self._deadline = now + self._patience.announcement
-                self._deadline_message = (
-                    f"hostimaged was restarted and does not tell what became of job {job_id(path)}"
-                )
+                self._deadline_message = f"the restarted hostimaged knows nothing of job {job_id(path)}"
                 self._spawn(group, self._look(path))
         elif self._deadline is not None and now >= self._deadline:
             self._fail(Failure.no_service(self._deadline_message))

@@ -35,7 +35,7 @@ HINTS: Final[dict[str, str]] = {
     ErrorName.INVALID_REFERENCE: "an image is written transport:name, such as docker://registry.example/os:latest",
     ErrorName.REGISTRY_AUTH: "credentials are those of the host, in /etc/ostree/auth.json",
     ErrorName.SIGNATURE_REJECTED: "/etc/containers/policy.json decides which images are accepted",
-    ErrorName.DIGEST_MISMATCH: "nothing was stored under its name; try again, or tell who publishes the image",
+    ErrorName.DIGEST_MISMATCH: "nothing was stored under its name; try again, or tell its publisher",
     ErrorName.LOCK_TIMEOUT: "another program uses the repository; try again when it has finished",
     ErrorName.INTERNAL: "see 'journalctl -u hostimaged'",
 }
@@ -174,7 +174,7 @@ class Console:
 
     def fields(self, rows: Iterable[tuple[str, str]], indent: str = "") -> None:
         """``label: value`` lines, the values in one column."""
-        pairs = [(label, printable(value)) for label, value in rows]
+        pairs = [(printable(label), printable(value)) for label, value in rows]
         column = max((len(label) for label, _ in pairs), default=0) + 2
         for label, value in pairs:
             self.line(f"{indent}{label + ':':<{column}}{value}")
