@@ -10,9 +10,9 @@ from hostimaged.errors import UnsupportedImage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: XATTR_NAME_MAX and XATTR_SIZE_MAX of Linux: no file system could have given more.
+#: XATTR_NAME_MAX of Linux, and what the 16-bit size of the image format can say (Linux allows one byte more).
 MAX_XATTR_NAME: Final = 255
-MAX_XATTR_VALUE: Final = 65536
+MAX_XATTR_VALUE: Final = 65535
 
 _WORD: Final = (1 << 64) - 1
 #: What ``u64::from_str`` of Rust takes; leading zeros beyond reason aside.
@@ -91,7 +91,7 @@ def _utf8(text: bytes) -> bytes:
 def _xattr_name(key: bytes, value: bytes) -> bytes:
     name = _utf8(key)[len(_XATTR) :]
     if len(name) > MAX_XATTR_NAME or len(value) > MAX_XATTR_VALUE:
-        raise UnsupportedImage("an extended attribute is larger than any file system allows")
+        raise UnsupportedImage("an extended attribute is larger than an image can hold")
     return name
 
 

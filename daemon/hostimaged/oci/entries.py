@@ -1,0 +1,141 @@
+"""The entries of a layer, read back from its splitstream (composefs-rs 0.9, splitstream)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from hostimaged.composefs.tree import (
+    BlockDevice,
+    CharDevice,
+    Content,
+    External,
+    Fifo,
+    Inline,
+    Stat,
+    Symlink,
+    makedev,
+)
+from hostimaged.errors import CorruptRepository, UnsupportedImage
+from hostimaged.ids import ObjectId
+from hostimaged.oci import tar
+from hostimaged.oci.paths import split_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from hostimaged.composefs.fsverity import Buffer
+
+
+class HardLink(NamedTuple):
+    """Another name for what ``target`` names at this point of the layers."""
+
+    target: tuple[bytes, ...]
+
+
+#: What an entry puts in its place; None is a directory.
+Item: TypeAlias = Content | HardLink | None
+
+
+class Entry(NamedTuple):
+    """One entry: the names in its path (none: the root), its metadata, what it is."""
+
+    path: tuple[bytes, ...]
+    stat: Stat
+    item: Item
+
+
+def read_entries(chunks: Iterable[bytes | ObjectId]) -> Iterator[Entry]:
+    """The entries in ``SplitStream.chunks()`` of a layer, in order, up to the end of the archive.
+
+    Raises ``UnsupportedImage`` for what no layer should hold, ``CorruptRepository`` if the stream is no tar
+    that was split by the rules.
+    """
+    source = _Chunks(chunks)
+    headers = tar.HeaderReader(source.inline)
+    while (header := headers.read()) is not None:
+        yield _entry(header, source)
+
+
+def _entry(header: tar.TarHeader, source: _Chunks) -> Entry:
+    item = _item(header, source)
+    stat = Stat(header.mode, header.uid, header.gid, header.mtime, header.nsec, header.xattrs)
+    return Entry(tuple(split_path(header.path)), stat, item)
+
+
+def _item(header: tar.TarHeader, source: _Chunks) -> Item:
+    match header.kind:
+        case tar.REGULAR | tar.CONTIGUOUS:
+            return _content(header, source)
+        case tar.DIRECTORY:
+            return None
+        case tar.HARD_LINK:
+            return HardLink(tuple(split_path(header.link)))
+        case tar.SYMLINK:
+            return Symlink(header.link)
+        case tar.CHAR:
+            return CharDevice(_rdev(header))
+        case tar.BLOCK_DEVICE:
+            return BlockDevice(_rdev(header))
+        case tar.FIFO:
+            return Fifo()
+        case kind:
+            raise UnsupportedImage(f"entries of type {bytes([kind])!r} are not supported")
+
+
+def _rdev(header: tar.TarHeader) -> int:
+    return makedev(*header.device) if header.device else 0
+
+
+def _content(header: tar.TarHeader, source: _Chunks) -> Content:
+    size = header.size
+    if header.is_external:
+        id_ = source.external()
+        source.exactly(tar.padding(size))
+        return External(id_, size)
+    return Inline(bytes(source.exactly(size + tar.padding(size))[:size]))
+
+
+class _Chunks:
+    """A cursor over the chunks of a stream."""
+
+    __slots__ = ("_at", "_buffer", "_chunks")
+
+    def __init__(self, chunks: Iterable[bytes | ObjectId]) -> None:
+        self._chunks = iter(chunks)
+        self._buffer: bytes = b""
+        self._at = 0
+
+    def inline(self, count: int) -> Buffer:
+        """The next ``count`` bytes, which must be inline; nothing at the end of the stream."""
+        at, end = self._at, self._at + count
+        if end > len(self._buffer):
+            at, end = 0, self._fill(count)
+        self._at = end
+        return self._buffer[at:end]
+
+    def _fill(self, count: int) -> int:
+        """Join chunks until ``count`` bytes are in the buffer, from its start; how many to take."""
+        rest = self._buffer[self._at :]
+        while len(rest) < count:
+            chunk = next(self._chunks, None)
+            if isinstance(chunk, ObjectId) or (chunk is None and rest):
+                raise CorruptRepository("the stream of a layer has content in the middle of a header")
+            if chunk is None:
+                break
+            rest = rest + chunk if rest else chunk
+        self._buffer = rest
+        return min(count, len(rest))
+
+    def exactly(self, count: int) -> Buffer:
+        """The next ``count`` bytes, which must be there and inline."""
+        taken = self.inline(count)
+        if len(taken) < count:
+            raise CorruptRepository("the stream of a layer ends inside an entry")
+        return taken
+
+    def external(self) -> ObjectId:
+        """The next chunk, which must be an object."""
+        chunk = next(self._chunks, None) if self._at == len(self._buffer) else None
+        if not isinstance(chunk, ObjectId):
+            raise CorruptRepository("the stream of a layer has a large content inline")
+        return chunk
