@@ -80,7 +80,7 @@ class Worker:
             process = await self._spawn(theirs)
         except OSError as error:
             ours.close()
-            _logger.error("worker.start-failed", error=error.strerror)
+            _logger.warning("worker.start-failed", error=error.strerror)
             return Outcome(failure=Failure(ErrorName.INTERNAL, "the worker process could not be started"))
         finally:
             theirs.close()
@@ -162,7 +162,7 @@ async def _read_outcome(reader: asyncio.StreamReader, on_event: Callable[[Event]
             on_event(event)
     except (InvalidEvent, ValueError) as error:
         # ValueError: a line longer than the limit.
-        _logger.error("worker.bad-event", error=str(error))
+        _logger.warning("worker.bad-event", error=str(error))
         return Outcome(failure=Failure.of(Internal()))
     except OSError:
         # The socket of a killed worker may be reset.

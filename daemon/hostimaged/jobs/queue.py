@@ -123,7 +123,7 @@ class JobQueue:
                 raise LimitsExceeded(f"{mine} jobs of this user are waiting already")
             job = self._entering = Job(self._history.allot(), operation, initiator)
             try:
-                await self._save()
+                await self.save()
             finally:
                 self._entering = None
             self._waiting.append(job)
@@ -207,7 +207,7 @@ class JobQueue:
         self._history.add_result(job)
         if job is self._active:
             self._active = None
-        await self._save()
+        await self.save()
         _logger.info("job.end", id=job.id, state=str(state), error=str(failure.name) if failure else "")
         self._observer.job_finished(job)
 
@@ -236,7 +236,7 @@ class JobQueue:
             if job.progress.due(now):
                 self._observer.job_changed(job, only_progress=True)
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
         """Write the job file; without it only the announcement of orphans is lost, so errors are logged."""
         async with self._saving:
             entering = [self._entering] if self._entering else []
@@ -244,7 +244,7 @@ class JobQueue:
             try:
                 await asyncio.to_thread(self._history.save, content)
             except OSError as error:
-                _logger.error("history.save-failed", error=error.strerror)
+                _logger.warning("history.save-failed", error=error.strerror)
 
 
 def _end_state(failure: Failure | None) -> JobState:

@@ -1,0 +1,148 @@
+"""The daemon: ``hostimaged [--root DIR]``.
+
+The bus name is taken first; everything that takes time to import comes after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hostimage_dbus.names import BUS_NAME
+from hostimage_dbus.transport import BusError, Connection, Limits
+from hostimaged import __version__
+from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.system.locks import FileLock
+from hostimaged.system.notify import Notifier
+from hostimaged.system.paths import HostPaths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hostimaged.bus.service import Service
+
+#: The service subscribes to no signal but the bus's own, which are short.
+_LIMITS: Final = Limits(signal=64 << 10)
+_BOOT_ID: Final = re.compile(r"[0-9a-f-]{32,36}\Z")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon; exit code 0 after SIGTERM or SIGINT, 1 for a failure told on standard error."""
+    parser = argparse.ArgumentParser(
+        prog="hostimaged", description="Own the composefs repository of this host and serve it over D-Bus."
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="serve a host made of plain files below DIR")
+    parser.add_argument("--version", action="version", version=f"hostimaged {__version__}")
+    arguments = parser.parse_args(argv)
+    paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
+    try:
+        with _only_daemon(paths):
+            asyncio.run(_serve(paths))
+    except (HostimageError, BusError) as error:
+        print(f"hostimaged: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _only_daemon(paths: HostPaths) -> FileLock:
+    """The lock that keeps a second daemon from the same root."""
+    try:
+        paths.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, f"cannot make {paths.run_dir}") from error
+    return FileLock(paths.daemon_lock, timeout=0, what=f"{paths.daemon_lock} (one daemon per host)")
+
+
+async def _serve(paths: HostPaths) -> None:
+    """Serve until SIGTERM or SIGINT; raises ``BusError`` if there is no bus, or the name is taken."""
+    notifier = Notifier()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    connection = await Connection.connect(limits=_LIMITS)
+    try:
+        await connection.request_name(BUS_NAME)
+        notifier.ready("starting")
+        # Calls that come meanwhile wait in the connection. In a thread, because importing takes long.
+        prepare = await asyncio.to_thread(_prepare, paths)
+        async with asyncio.TaskGroup() as tasks:
+            service = prepare(connection, tasks, notifier)
+            service.start()
+            notifier.status("idle")
+            helpers = [
+                tasks.create_task(_watchdog(notifier)),
+                tasks.create_task(_until_lost(connection)),
+            ]
+            await stop.wait()
+            notifier.stopping()
+            await service.stop()
+            for helper in helpers:
+                helper.cancel()
+    except BaseExceptionGroup as errors:
+        if errors.subgroup(BusClosed) is None:
+            raise
+        raise await connection.closed() from None
+    finally:
+        await connection.close()
+
+
+def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notifier], Service]:
+    """Import, and read settings and history; gives what makes the service of them."""
+    from hostimaged import config, log
+    from hostimaged.bus.service import Service
+    from hostimaged.jobs.history import History
+    from hostimaged.jobs.process import WorkerSettings
+
+    settings, problems = config.load(paths.settings)
+    log.configure(settings.log_level)
+    boot_id = _read_boot_id(paths)
+    history = History(paths.jobs_file, boot_id)
+    history.load()
+
+    def make(connection: Connection, tasks: asyncio.TaskGroup, notifier: Notifier) -> Service:
+        return Service(
+            connection,
+            tasks,
+            settings=settings,
+            settings_problems=problems,
+            history=history,
+            boot_id=boot_id,
+            workers=WorkerSettings(root=paths.scratch_root),
+            tell=notifier.status,
+        )
+
+    return make
+
+
+def _read_boot_id(paths: HostPaths) -> str:
+    """The kernel's boot id, "" if there is none."""
+    if paths.boot_id is None:
+        return ""
+    try:
+        with paths.boot_id.open(encoding="ascii") as stream:
+            text = stream.read(64).strip()
+    except (OSError, ValueError):
+        return ""
+    return text if _BOOT_ID.match(text) else ""
+
+
+async def _watchdog(notifier: Notifier) -> None:
+    """Tell the service manager that the loop runs, twice per interval."""
+    while notifier.watchdog_interval:
+        notifier.watchdog()
+        await asyncio.sleep(notifier.watchdog_interval / 2)
+
+
+async def _until_lost(connection: Connection) -> None:
+    """Raise ``BusClosed`` when the bus is gone: without it nobody can be told anything."""
+    raise await connection.closed()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""The status cache: what the last scan found, and the status document made of it.
+
+Reading it does no work: scans are done by workers, and their findings are checked when they come in.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hostimage_dbus.names import API_VERSION
+from hostimage_dbus.transport import Variant
+from hostimaged.jobs.events import StatusEvent
+from hostimaged.jobs.operations import Scan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from hostimaged.jobs.events import Event
+    from hostimaged.jobs.history import JobRecord
+    from hostimaged.jobs.job import Job
+    from hostimaged.jobs.operations import Operation
+    from hostimaged.jobs.process import Worker
+
+SCHEMA: Final = 1
+
+_logger = structlog.get_logger("hostimaged.bus")
+
+_Size = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+def _hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class _Found(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens, populate_by_name=True)
+
+
+class ImageRow(_Found):
+    """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
+
+    tag: str | None = None
+    manifest_digest: str | None = None
+    config_digest: str | None = None
+    reference: str | None = None
+    source_digest: str | None = None
+    pulled: _Size | None = None
+    version: str | None = None
+    size: _Size | None = None
+    image_ids: list[str] | None = None
+    artifact: bool = False
+    deployed: bool = False
+    problem: str | None = None
+
+
+class RepositoryRow(_Found):
+    """The repository; ``used`` is in bytes."""
+
+    algorithm: str
+    formats: list[str]
+    secure: bool
+    used: _Size
+
+
+class Problem(_Found):
+    """Something wrong on this host."""
+
+    id: str
+    severity: Literal["error", "warning"] = "error"
+    text: str
+
+
+class Findings(_Found):
+    """What a scan found (``hostimaged.oci.scan``)."""
+
+    repository: RepositoryRow | None = None
+    images: list[ImageRow] = Field(default_factory=list)
+    problems: list[Problem] = Field(default_factory=list)
+
+
+_SIGNATURES: Final[dict[type, str]] = {str: "s", bool: "b", int: "t", list: "as"}
+
+
+def to_variants(values: dict[str, Any]) -> dict[str, Variant]:
+    """A dictionary for the bus; strings, booleans, sizes and lists of strings, None left out."""
+    return {key: Variant(_SIGNATURES[type(v)], v) for key, v in values.items() if v is not None}
+
+
+class StatusCache:
+    """Findings of the newest scan; ``changed`` is called when they were replaced."""
+
+    def __init__(self, start_worker: Callable[[Operation], Worker], changed: Callable[[], None]) -> None:
+        self._start_worker = start_worker
+        self._changed = changed
+        self._last_place = 0
+        self._taken_place = 0
+        self.findings = Findings()
+        self.image_rows: list[dict[str, Variant]] = []
+        self._image_documents: list[dict[str, Any]] = []
+
+    def begin(self) -> int:
+        """A scan begins; gives its place in the order of scans."""
+        self._last_place += 1
+        return self._last_place
+
+    def take(self, place: int, status: dict[str, Any]) -> None:
+        """A scan found ``status``; it is ignored if a later one came in before."""
+        try:
+            findings = Findings.model_validate(status)
+        except ValidationError as error:
+            _logger.warning("scan.invalid", errors=error.error_count())
+            self._failed(place, "the state of the repository could not be read")
+            return
+        self._set(place, findings)
+
+    async def refresh(self) -> None:
+        """Scan now, in a worker of its own; never raises."""
+        place = self.begin()
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, StatusEvent):
+                self.take(place, event.status)
+
+        outcome = await self._start_worker(Scan()).run(on_event)
+        if outcome.failure is not None:
+            self._failed(place, f"the state of the repository could not be read: {outcome.failure.message}")
+
+    def _failed(self, place: int, text: str) -> None:
+        """Keep what was known, and say that it may be old."""
+        known = [problem for problem in self.findings.problems if problem.id != "scan"]
+        problems = [*known, Problem(id="scan", severity="error", text=text)]
+        self._set(place, self.findings.model_copy(update={"problems": problems}))
+
+    def _set(self, place: int, findings: Findings) -> None:
+        if place < self._taken_place:
+            return
+        self._taken_place = place
+        self.findings = findings
+        self._image_documents = [row.model_dump(by_alias=True, exclude_none=True) for row in findings.images]
+        self.image_rows = [to_variants(row) for row in self._image_documents]
+        self._changed()
+
+    def document(
+        self,
+        *,
+        daemon: dict[str, str],
+        tracked_image: str,
+        jobs: Iterable[Job],
+        results: Iterable[JobRecord],
+        problems: Sequence[Problem],
+    ) -> str:
+        """The native status document (``status.schema.json``)."""
+        repository = self.findings.repository
+        return json.dumps(
+            {
+                "schema": SCHEMA,
+                "daemon": {**daemon, "apiVersion": API_VERSION},
+                "repository": repository.model_dump() if repository else None,
+                "trackedImage": tracked_image,
+                "images": self._image_documents,
+                "deployments": [],
+                "jobs": [job_document(job) for job in jobs],
+                "results": [result_document(record) for record in results],
+                "problems": [problem.model_dump() for problem in problems],
+            },
+            ensure_ascii=False,
+        )
+
+
+def job_document(job: Job) -> dict[str, Any]:
+    """A job that waits or runs."""
+    progress = job.progress
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "state": str(job.state),
+        "target": job.target,
+        "phase": str(job.phase or ""),
+        "progress": progress.fraction if progress.fraction >= 0 else None,
+        "bytesDone": progress.done,
+        "bytesTotal": progress.total,
+        "bytesCached": progress.cached,
+        "created": job.created,
+        "started": job.started,
+    }
+
+
+def result_document(record: JobRecord) -> dict[str, Any]:
+    """A job that ended."""
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "state": str(record.state),
+        "target": record.target,
+        "created": record.created,
+        "started": record.started,
+        "finished": record.finished,
+        "error": {"name": record.error, "message": record.message} if record.error else None,
+    }
