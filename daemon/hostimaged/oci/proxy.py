@@ -149,14 +149,15 @@ class ImageProxy:
         try:
             while self._receive_one():
                 pass
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             # Not the protocol: nothing after this can be trusted to belong to its request.
             pass
-        with self._lock:
-            self._gone = True
-            self._shut()
-            while self._pending:
-                self._pending.popleft().set_exception(ProxyGone())
+        finally:
+            with self._lock:
+                self._gone = True
+                self._shut()
+                while self._pending:
+                    self._pending.popleft().set_exception(ProxyGone())
 
     def _receive_one(self) -> bool:
         data, fds, flags, _address = socket.recv_fds(
