@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hostimage_dbus.names import BUS_NAME
-from hostimage_dbus.transport import BusError, Connection, Limits
+from hostimage_dbus.transport import BusClosed, BusError, Connection, Limits
 from hostimaged import __version__
 from hostimaged.errors import HostimageError, from_os_error
 from hostimaged.system.locks import FileLock
