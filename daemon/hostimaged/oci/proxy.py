@@ -130,15 +130,17 @@ class ImageProxy:
             raise ProxyGone
         return Pipe(self, reply, size)
 
-    def close(self) -> None:
-        """Ask the proxy to end, and wait until it hung up; the caller watches over the process."""
+    def close(self) -> bool:
+        """Ask the proxy to end, and hang up; says whether it did so itself. The process is the caller's."""
         with contextlib.suppress(ProxyGone):
             self.send("Shutdown")
         self._receiver.join(_SLICE)
+        ended = not self._receiver.is_alive()
         with self._lock:
             self._shut()
         self._receiver.join()
         self._connection.close()
+        return ended
 
     def _shut(self) -> None:
         with contextlib.suppress(OSError):

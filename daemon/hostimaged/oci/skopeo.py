@@ -160,11 +160,11 @@ class SkopeoSource:
 
     def close(self) -> None:
         """End the proxy."""
-        self._proxy.close()
-        try:
-            self._process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            stop(self._process, _PATIENCE)
+        if self._proxy.close():
+            # It removes its own temporary files now; one that is stuck in a request does not hear of the end.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PATIENCE)
+        stop(self._process, _PATIENCE)
         self._log.close()
 
     def __enter__(self) -> Self:
