@@ -134,6 +134,8 @@ def run(directory: Path) -> list[Case]:
 
 
 def _case(element: ET.Element) -> Case:
-    problems = [child.text or child.get("message", "") for child in element if child.tag in ("failure", "error")]
+    problems = [
+        child.text or child.get("message", "") for child in element if child.tag in ("failure", "error")
+    ]
     name = f"{element.get('classname', '').rsplit('.', 1)[-1]}::{element.get('name', '')}"
     return Case(name, "\n".join(problems), element.find("skipped") is not None)

@@ -75,7 +75,7 @@ def test_measuring_without_verity_and_with_the_other_hash(tmp_path: Path) -> Non
         with pytest.raises(syscalls.VerityMissing):
             syscalls.measure_verity(fd, 1, 32)
         syscalls.enable_verity(fd, 2)
-        with pytest.raises(OSError):
+        with pytest.raises(ValueError, match="another hash"):
             syscalls.measure_verity(fd, 1, 32)
     finally:
         os.close(fd)
