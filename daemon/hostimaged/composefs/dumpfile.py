@@ -25,6 +25,7 @@ from hostimaged.composefs.tree import (
     Fifo,
     Inline,
     Leaf,
+    Node,
     Socket,
     Sparse,
     Stat,
@@ -192,11 +193,10 @@ class _Parser:
         self.number = 0
         self._root: Directory | None = None
         self._count = 0
-        # By path. Entries of replaced directories are dropped, those of replaced leaves are kept: a later
-        # hard link may name them, as in composefs-rs.
+        # By path. A hard link may name a file that is not there any more, as in composefs-rs.
         self._directories: dict[bytes, Directory] = {}
         self._leaves: dict[bytes, Leaf] = {}
-        self._replaced = False
+        self._replaced: list[tuple[bytes, Node]] = []
         # Most inodes of an OS have one of a few sets of xattrs; sharing them saves memory, and time when an
         # image is made.
         self._xattr_sets: dict[tuple[bytes, ...], dict[bytes, bytes]] = {}
@@ -255,9 +255,10 @@ class _Parser:
         if self._replaced:
             # composefs-rs makes no image from a tree in which a file was replaced and has no name left.
             counts = link_counts(self._root)
-            for path, leaf in self._leaves.items():
-                if leaf not in counts:
-                    raise _Bad(f"{path.decode('utf-8', 'backslashreplace')} was replaced by a later entry")
+            for path, node in self._replaced:
+                lost = link_counts(node) if isinstance(node, Directory) else [node]
+                if not all(leaf in counts for leaf in lost):
+                    raise _Bad(f"{path.decode('utf-8', 'backslashreplace')} is replaced by a later entry")
         return self._root
 
     def _set_root(self, stat: Stat) -> None:
@@ -277,7 +278,7 @@ class _Parser:
             parent = self._directories[above] = found
         old = parent.entries.get(name)
         if old is not None:
-            self._replaced = True
+            self._replaced.append((path, old))
             if isinstance(old, Directory):
                 self._directories.clear()
         parent.entries[name] = node

@@ -268,7 +268,8 @@ class Walk:
     """Bounds one traversal of an image.
 
     In an image that a writer made no two inodes, data blocks or shared xattrs overlap, so all that a
-    traversal reads once has no more bytes than the image. One that exceeds this was made to keep readers busy.
+    traversal reads once has no more bytes than the image. One that exceeds this was made to keep readers
+    busy.
     """
 
     def __init__(self, raw: RawImage) -> None:

@@ -1,4 +1,4 @@
-"""From a composefs image back to the tree it was made from: undoes what the writer does to names and whiteouts.
+"""From a composefs image back to its tree: undoes what the writer does to names and whiteouts.
 
 Facts: composefs-rs 0.9, erofs reader.
 """
