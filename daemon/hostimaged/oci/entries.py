@@ -119,7 +119,7 @@ class _Chunks:
         while len(rest) < count:
             chunk = next(self._chunks, None)
             if isinstance(chunk, ObjectId) or (chunk is None and rest):
-                raise CorruptRepository("the stream of a layer has content in the middle of a header")
+                raise CorruptRepository("the stream of a layer has a header that is not whole")
             if chunk is None:
                 break
             rest = rest + chunk if rest else chunk

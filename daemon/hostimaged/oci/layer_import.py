@@ -16,7 +16,7 @@ from hostimaged.errors import DigestMismatch, UnsupportedImage
 from hostimaged.ids import DiffId, ObjectId
 from hostimaged.oci.pipe import Pipe
 from hostimaged.oci.tar import HeaderReader, padding
-from hostimaged.oci.window import Window
+from hostimaged.oci.window import Window, ends_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -159,12 +159,12 @@ class _Splitter:
         while (header := headers.read()) is not None:
             if headers.count > MAX_ENTRIES:
                 raise UnsupportedImage(f"over {MAX_ENTRIES} entries")
-            size = header.size
+            rest = header.size + padding(header.size)
             if header.is_external:
-                self._store(size)
-                window.inline(padding(size))
-            elif size and len(window.inline(size + padding(size))) == 0:
-                raise UnsupportedImage("the archive ends inside an entry")
+                self._store(header.size)
+                rest -= header.size
+            if rest and not window.inline(rest):
+                raise ends_early()
         window.inline_rest()
         layer, total = self.layer, self._writer.size
         layer.entries, layer.size = headers.count, total

@@ -36,6 +36,8 @@ class Window:
         Raises ``UnsupportedImage`` if it ends within them.
         """
         end = self._at + count
+        if end > len(self._view) and self._at == len(self._view) and self._refill():
+            end = count
         if end <= len(self._view):
             taken: Buffer = self._view[self._at : end]
             self._at = end
@@ -49,6 +51,8 @@ class Window:
     def content(self, count: int) -> Buffer:
         """The next ``count`` bytes in one piece, not kept. For counts that may well be held in memory."""
         self._flush()
+        if self._at == len(self._view):
+            self._refill()
         end = self._at + count
         if end <= len(self._view):
             taken: Buffer = self._view[self._at : end]
@@ -56,7 +60,7 @@ class Window:
             return taken
         taken = self._straddling(count)
         if len(taken) < count:
-            raise _ends_early()
+            raise ends_early()
         return taken
 
     def content_parts(self, count: int) -> Iterator[Buffer]:
@@ -64,7 +68,7 @@ class Window:
         self._flush()
         while count:
             if self._at == len(self._view) and not self._refill():
-                raise _ends_early()
+                raise ends_early()
             part = self._view[self._at : self._at + count]
             self._at = self._run = self._at + len(part)
             count -= len(part)
@@ -101,7 +105,7 @@ class Window:
         while len(taken) < count:
             if not self._refill():
                 if taken:
-                    raise _ends_early()
+                    raise ends_early()
                 break
             part = self._view[: count - len(taken)]
             self._at = self._run = len(part)
@@ -109,5 +113,6 @@ class Window:
         return taken
 
 
-def _ends_early() -> UnsupportedImage:
+def ends_early() -> UnsupportedImage:
+    """The error for an archive that ends where it must not."""
     return UnsupportedImage("the archive ends inside an entry")

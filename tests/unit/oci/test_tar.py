@@ -129,7 +129,9 @@ def test_numbers(field: bytes, value: int) -> None:
     assert (header.mode, header.uid, header.gid) == (value, value, value)
 
 
-@pytest.mark.parametrize("field", [b"0000648\0", b"-0000644", b"64 4\0", b"0x1a4\0", b"6\xc3\xa9\0", b"++1\0"])
+@pytest.mark.parametrize(
+    "field", [b"0000648\0", b"-0000644", b"64 4\0", b"0x1a4\0", b"6\xc3\xa9\0", b"++1\0"]
+)
 def test_numbers_that_are_none_are_refused(field: bytes) -> None:
     for name in ("mode", "uid", "gid", "mtime", "size"):
         refused(tars.header(b"f", **{"size": 0, name: field}), "invalid number")  # type: ignore[arg-type]

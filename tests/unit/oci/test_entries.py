@@ -1,0 +1,152 @@
+"""Entries of a layer, read back from the chunks of its stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hostimage_testing import tars
+from hostimaged.composefs.fsverity import Algorithm, digest
+from hostimaged.composefs.repository import Repository, Verity
+from hostimaged.composefs.tree import (
+    BlockDevice,
+    CharDevice,
+    External,
+    Fifo,
+    Inline,
+    Stat,
+    Symlink,
+    makedev,
+)
+from hostimaged.errors import CorruptRepository, UnsupportedImage
+from hostimaged.ids import DiffId, ObjectId
+from hostimaged.oci.entries import Entry, HardLink, read_entries
+from hostimaged.oci.layer_import import import_layer
+from hostimaged.progress import Silent
+
+ID = ObjectId(bytes(range(32)))
+
+
+def entries(*chunks: bytes | ObjectId) -> list[Entry]:
+    return list(read_entries(chunks))
+
+
+def one(data: bytes) -> Entry:
+    (entry,) = entries(data + tars.END)
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("data", "item"),
+    [
+        (tars.directory(b"x/"), None),
+        (tars.file(b"x", b""), Inline(b"")),
+        (tars.file(b"x", b"a" * 64), Inline(b"a" * 64)),
+        (tars.header(b"x", 0, b"1", link=b"/a//./b/"), HardLink((b"a", b"b"))),
+        (tars.header(b"x", 0, b"2", link=b"../a/./b/"), Symlink(b"../a/./b/")),
+        (tars.header(b"x", 0, b"2"), Symlink(b"")),
+        (tars.header(b"x", 0, b"3", device=(5, 1)), CharDevice(makedev(5, 1))),
+        (
+            tars.header(b"x", 0, b"4", device=(0o7777777, 0o7777777)),
+            BlockDevice(makedev(0o7777777, 0o7777777)),
+        ),
+        (tars.header(b"x", 0, b"6"), Fifo()),
+        (tars.header(b"x", 3, b"7") + tars.padded(b"abc"), Inline(b"abc")),
+    ],
+)
+def test_items(data: bytes, item: object) -> None:
+    assert one(data).item == item
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (b"usr/bin/", (b"usr", b"bin")),
+        (b"/x", (b"x",)),
+        (b"./", ()),
+        (b".", ()),
+        (b"/", ()),
+        (b"//x", (b"x",)),
+        (b"./usr", (b"usr",)),
+        (b"a/./b//c/.", (b"a", b"b", b"c")),
+    ],
+)
+def test_paths(path: bytes, names: tuple[bytes, ...]) -> None:
+    assert one(tars.directory(path)).path == names
+
+
+def test_metadata() -> None:
+    extended = tars.pax((b"mtime", b"5.25"), (b"SCHILY.xattr.user.a", b"b"), (b"uid", b"4294967297"))
+    entry = one(extended + tars.file(b"x", b"", mode=0o104755, gid=7))
+    assert entry.stat == Stat(0o104755, 1, 7, 5, 250_000_000, {b"user.a": b"b"})
+
+
+def test_external_content() -> None:
+    data = (
+        tars.header(b"x", 65),
+        ID,
+        bytes(512 - 65) + tars.header(b"y", 1024),
+        ID,
+        tars.file(b"z", b"1") + tars.END,
+    )
+    assert [entry.item for entry in entries(*data)] == [External(ID, 65), External(ID, 1024), Inline(b"1")]
+
+
+def test_chunks_may_be_cut_anywhere() -> None:
+    data = tars.gnu_long(b"L", b"n" * 250) + tars.file(b"x", b"abc") + tars.directory(b"d") + tars.END
+    whole = entries(data)
+    for step in (1, 100, 511, 513):
+        assert entries(*(data[at : at + step] for at in range(0, len(data), step))) == whole
+
+
+def test_nothing_after_the_end_marker_is_looked_at() -> None:
+    assert len(entries(tars.file(b"x", b"") + tars.END + b"junk", ID)) == 1
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (tars.header(b"x", 65) + bytes(512),),
+        (tars.header(b"x", 65),),
+        (tars.header(b"x", 65), ID, bytes(10)),
+        (tars.header(b"x", 65), ID),
+        (tars.header(b"x", 10), ID),
+        (tars.header(b"x", 10) + bytes(100),),
+        (tars.header(b"x", 10) + bytes(100), ID),
+        (tars.header(b"x", 10),),
+        (tars.header(b"x")[:100],),
+        (tars.header(b"x")[:100], ID, tars.header(b"x")[100:]),
+        (ID,),
+    ],
+)
+def test_streams_that_were_not_split_by_the_rules(chunks: tuple[bytes | ObjectId, ...]) -> None:
+    with pytest.raises(CorruptRepository, match="layer"):
+        entries(*chunks)
+
+
+def test_what_no_layer_should_hold() -> None:
+    # Another program may have imported it.
+    with pytest.raises(UnsupportedImage, match=r"tar entry 2: .*upwards"):
+        entries(tars.file(b"x", b"") + tars.file(b"../up", b""))
+
+
+def test_vectors_of_composefs_rs(tmp_path: Path) -> None:
+    # Recorded: the test of composefs-rs 0.9 that reads a layer back.
+    ids = {
+        4095: "5372beb83c78537c8970c8361e3254119fafdf1763854ecd57d3f0fe2da7c719",
+        4096: "babc284ee4ffe7f449377fbf6692715b43aec7bc39c094a95878904d34bac97e",
+        4097: "093756e4ea9683329106d4a16982682ed182c14bf076463a9e7f97305cbac743",
+    }
+    data = b"".join(tars.file(b"file%d" % size, bytes(size), mode=0o700) for size in (0, *ids)) + tars.END
+    made, _ = Repository.init(tmp_path / "repo", algorithm=Algorithm.SHA256, verity=Verity.OPPORTUNISTIC)
+    with made as repository:
+        diff_id = DiffId.of_hash(Algorithm.SHA256.new(data).hexdigest())
+        layer = import_layer(repository, [data], diff_id, Silent())
+        with repository.open_stream("", layer.stream_id) as stream:
+            found = list(read_entries(stream.chunks()))
+    expected: list[object] = [Inline(b"")]
+    expected += [External(ObjectId.fromhex(id_), size) for size, id_ in ids.items()]
+    assert [entry.item for entry in found] == expected
+    assert [entry.stat.mode for entry in found] == [0o700] * 4
+    assert digest(Algorithm.SHA256, bytes(4096)).hex() == ids[4096]
