@@ -360,10 +360,11 @@ class Repository:
     def open_stream(self, name: str, id_: ObjectId | None = None, expected: int | None = None) -> SplitStream:
         """Open a stream: the object ``id_``, checked as any, or else what ``name`` leads to, unchecked.
 
-        ``name`` may be ``refs/`` and a reference. Raises ``StreamMissing``, ``ObjectMissing`` or
-        ``SplitStreamError``; ``expected`` is the content type that the caller wants.
+        ``name`` may be ``refs/`` and a reference; with ``id_`` it only names the stream in errors. Raises
+        ``StreamMissing``, ``ObjectMissing`` or ``SplitStreamError``; ``expected`` is the content type that
+        the caller wants.
         """
-        what = f"stream {name}"
+        what = f"stream {name or (id_ or b'').hex()}"
         if id_ is not None:
             fd = self._objects.open(id_)
         elif (opened := self._names.open(f"{_STREAMS}/{check_reference(name)}")) is not None:
