@@ -106,7 +106,8 @@ class Follower:
                     self._display.note(f"cancelling job {job.id}; once more leaves without waiting")
                     self._spawn(group, self._cancel(self.path))
                 self._mind_owner(group, self.path)
-                self._display.update(job)
+                if job.state:
+                    self._display.update(job)
             if self._failure is None:
                 await self._pause()
         return None
