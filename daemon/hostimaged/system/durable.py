@@ -176,15 +176,23 @@ class NewFile:
             syscalls.rename_noreplace(self._temporary, name, source_fd=self._directory, target_fd=directory)
         self._temporary = None
 
+    def detach(self) -> int:
+        """Hand over ``fd``, of a file without any name, as the caller's to close."""
+        if self._temporary is not None:
+            os.unlink(self._temporary, dir_fd=self._directory)
+            self._temporary = None
+        fd, self.fd = self.fd, -1
+        return fd
+
     def close(self) -> None:
         """Close the file; one without its name is gone. Closing twice is harmless."""
-        if self._temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary, dir_fd=self._directory)
-            self._temporary = None
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
+        fd, self.fd = self.fd, -1
+        temporary, self._temporary = self._temporary, None
+        if fd >= 0:
             os.close(fd)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._directory)
 
     def __enter__(self) -> Self:
         return self

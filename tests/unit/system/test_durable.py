@@ -54,6 +54,16 @@ def test_new_file_unpublished_leaves_nothing(tmp_path: Path, directory: int) -> 
 
 
 @pytest.mark.usefixtures("either_way")
+def test_detached_file_has_no_name(tmp_path: Path, directory: int) -> None:
+    with durable.NewFile(directory) as new:
+        fd = new.detach()
+    durable.write_all(fd, b"content")
+    assert os.pread(fd, 100, 0) == b"content"
+    os.close(fd)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("either_way")
 def test_new_file_does_not_replace_unless_told(tmp_path: Path, directory: int) -> None:
     (tmp_path / "name").write_text("old")
     with durable.NewFile(directory) as new:

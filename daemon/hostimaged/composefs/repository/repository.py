@@ -318,7 +318,7 @@ class Repository:
 
     def _temporary_file(self) -> int:
         with self._objects.new_file() as file:
-            return os.dup(file.fd)
+            return file.detach()
 
     def write_stream(self, name: str, writer: Writer, ref: str | None = None) -> ObjectId:
         """Store a finished stream as ``name`` and let the reference ``ref`` lead to it; its stream id.
