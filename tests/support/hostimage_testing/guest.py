@@ -1,7 +1,7 @@
-"""A Debian 13 guest under emulation: one boot that runs a pytest suite inside and hands back its JUnit report.
+"""A Debian 13 guest under emulation: one boot that runs a pytest suite inside and hands back its report.
 
-What the test machines' own kernel lacks (fs-verity, vfat) is tested there. The guest boots its kernel directly;
-its root is ext4 with the verity feature; its init is our script, so that no service manager is waited for.
+What the test machines' own kernel lacks (fs-verity, vfat) is tested there. The guest boots its kernel
+directly; its root is ext4 with the verity feature; its init is our script, so that no service manager is waited for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Case:
 
 
 def build_disk(directory: Path) -> tuple[Path, Path, Path]:
-    """Make disk image, kernel and initial RAM disk below ``directory``; a base that is there is used again."""
+    """Make disk, kernel and initial RAM disk below ``directory``; a base that is there is used again."""
     mmdebstrap = require("mmdebstrap")
     if os.geteuid() != 0:
         absent("making a guest's root needs root")
@@ -104,7 +104,7 @@ def _add_payload(home: Path) -> None:
 
 
 def run(directory: Path) -> list[Case]:
-    """Boot the guest once; returns what its tests said. Raises ``RuntimeError`` with the console if it failed."""
+    """Boot the guest once; returns what its tests said. ``RuntimeError`` shows the console if it failed."""
     qemu = require("qemu-system-x86_64")
     disk, kernel, ramdisk = build_disk(directory)
     report, console = directory / "report.xml", directory / "console"

@@ -1,4 +1,4 @@
-"""fs-verity for real: the kernel's digests, secure repositories, the reference implementation on top of them."""
+"""fs-verity for real: the kernel's digests, secure repositories, the reference implementation on them."""
 
 from __future__ import annotations
 
