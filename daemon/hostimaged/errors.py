@@ -61,6 +61,13 @@ class AccessDenied(HostimageError):
     name = ErrorName.ACCESS_DENIED
 
 
+class AuthorizationRequired(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.AUTHORIZATION_REQUIRED
+    hint = "allow authentication, or try again where an authentication agent is running"
+
+
 class UnknownObject(HostimageError):
     """{detail}"""
 
