@@ -243,7 +243,7 @@ def _check_entry(header: TarHeader) -> None:
         raise UnsupportedImage(f"{path!r} is no regular file and has content")
     if kind == HARD_LINK:
         check_path(link)
-    elif kind == SYMLINK and (len(link) >= MAX_PATH or b"\0" in link):
+    elif kind == SYMLINK and (not 0 < len(link) < MAX_PATH or b"\0" in link):
         raise UnsupportedImage(f"{path!r} has an invalid link target")
     elif kind in (CHAR, BLOCK_DEVICE) and header.device is None:
         raise UnsupportedImage(f"{path!r} is a device without a number")

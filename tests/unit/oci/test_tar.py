@@ -198,7 +198,6 @@ def test_link_targets() -> None:
         return one(before + tars.header(b"x", 0, b"2", link=target)).link
 
     assert link() == b"t"
-    assert link(target=b"") == b""
     assert link(target=b"t" * 100) == b"t" * 100
     assert link(tars.gnu_long(b"K", b"k" * 300)) == b"k" * 300
     assert link(tars.gnu_long(b"K", b"k") + tars.pax((b"linkpath", b"p"))) == b"p"
@@ -409,6 +408,8 @@ def test_symlink_targets_are_bounded() -> None:
     assert one(longest).link == b"t" * 4095
     refused(tars.pax((b"linkpath", b"t" * 4096)) + tars.header(b"x", 0, b"2"), "invalid link target")
     refused(tars.pax((b"linkpath", b"t\0t")) + tars.header(b"x", 0, b"2"), "invalid link target")
+    refused(tars.header(b"x", 0, b"2"), "invalid link target")
+    refused(tars.pax((b"linkpath", b"")) + tars.header(b"x", 0, b"2", link=b"t"), "invalid link target")
 
 
 def test_ends() -> None:
