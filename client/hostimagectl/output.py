@@ -200,7 +200,7 @@ class Console:
             return False
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for heading in headings:
-            # Folding keeps digests whole for copying; cutting them off would make them useless.
+            # Folded, not cut off: a reference is of no use without its end.
             table.add_column(heading, overflow="fold")
         for row in rows:
             # Text, not str: a value from outside is never read as markup.

@@ -30,6 +30,7 @@ KEYS: Final = (
     "problem",
 )
 _MICRO: Final = 1_000_000
+_SHOWN_DIGITS: Final = 12
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -75,8 +76,13 @@ def _cells(row: Mapping[str, object]) -> tuple[str, str, str, str, str]:
         text_of(row.get("version")) or ABSENT,
         size(amount) if amount else ABSENT,
         timestamp(number_of(row.get("pulled")) * _MICRO),
-        text_of(row.get("manifest-digest")) or ABSENT,
+        _short(text_of(row.get("manifest-digest"))) or ABSENT,
     )
+
+
+def _short(digest: str) -> str:
+    """Enough of a digest to tell images apart; --quiet and --json give the whole."""
+    return digest[: len("sha256:") + _SHOWN_DIGITS]
 
 
 def _name(row: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.errors import EXIT_OK
+from hostimage_dbus.names import JobState
 from hostimagectl import service
 from hostimagectl.commands import images
 from hostimagectl.output import ABSENT, number_of, printable, size, text_of, timestamp
@@ -80,7 +81,7 @@ def _results(document: Mapping[str, Any], console: Console) -> None:
     console.table(("id", "kind", "result", "ended", "target"), [_result_cells(row) for row in reversed(rows)])
     for row in reversed(rows):
         error = _section(row, "error")
-        if error:
+        if row.get("state") == JobState.FAILED:
             console.fields([(f"job {number_of(row.get('id'))}", text_of(error.get("message")))])
 
 

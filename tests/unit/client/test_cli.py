@@ -312,21 +312,30 @@ def test_commands_import_nothing_heavy(argv: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_start_is_as_fast_as_the_library_allows() -> None:
-    """The target is 1.5 times the import of dbus-next; on a busy machine twice is still right."""
+def test_start_is_as_fast_as_the_library_allows(tmp_path: Path) -> None:
+    """At most 1.5 times the import of dbus-next, until the bus is asked for; best of three medians."""
     pytest.importorskip("dbus_next")
-    peer = [sys.executable, "-c", "import dbus_next.aio"]
-    # As the installed script starts it.
-    ours = [sys.executable, "-c", "import sys; from hostimagectl.cli import main; sys.exit(main(['images']))"]
-    ratios = [_seconds(ours) / _seconds(peer) for _ in range(9)]
-    assert statistics.median(ratios) < 2
+    environment = os.environ | {
+        "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus",
+        # Installed programs have their bytecode.
+        "PYTHONPYCACHEPREFIX": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
 
+    def seconds(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=environment)
+        return time.perf_counter() - start
 
-def _seconds(argv: list[str]) -> float:
-    environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent/bus"}
-    start = time.perf_counter()
-    subprocess.run(argv, check=False, capture_output=True, env=environment, timeout=60)
-    return time.perf_counter() - start
+    peer = "import dbus_next.aio"
+    ours = "import sys; from hostimagectl.cli import main; sys.exit(main(['images']))"
+    seconds(peer), seconds(ours)
+    medians: list[float] = []
+    for _ in range(3):
+        medians.append(statistics.median(seconds(ours) / seconds(peer) for _ in range(7)))
+        if medians[-1] <= 1.5:
+            return
+    pytest.fail(f"the client starts {min(medians):.2f} times as slowly as dbus-next is imported")
 
 
 def test_asyncio_is_left_clean(run_main: Any) -> None:

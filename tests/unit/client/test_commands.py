@@ -262,7 +262,7 @@ async def test_images_table(bus: Any, daemon: Any, make_console: Any) -> None:
     heading, first, second, problem = console.out.splitlines()
     assert heading.split() == ["IMAGE", "VERSION", "SIZE", "PULLED", "DIGEST"]
     assert first.startswith("docker://registry.example/os:1 (deployed)  1\\x1b[0m  5.0 MiB  2023-11-")
-    assert first.endswith(DIGEST)
+    assert first.endswith("  sha256:abababababab")
     assert second.split() == ["-"] * 5
     assert problem == "problem of -: manifest is damaged"
 
@@ -418,7 +418,7 @@ def test_status_for_people(make_console: Any) -> None:
         "Tracked image: docker://registry.example/os:1",
         "sha512, v1+v2, fs-verity required, 7.0 GiB used",
         "hostimaged 0.1.0",
-        DIGEST,
+        DIGEST[:19],
         "oci:/i\\x07",
         "job 2: no route\\x07",
         "warning: something is odd\\x07",
