@@ -6,18 +6,19 @@ Facts: composefs-rs 0.9, erofs reader.
 from __future__ import annotations
 
 import stat as st
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hostimaged.composefs.bulk import no_gc
 from hostimaged.composefs.erofs.format import BLOCK, LAYOUT_INLINE, PREFIX_TRUSTED, SLOT, STUB_NAMES, Format
 from hostimaged.composefs.erofs.ondisk import Inode, RawImage, Walk, Xattr
 from hostimaged.composefs.erofs.restore import ObjectNames, Restorer, is_escaped_whiteout
 from hostimaged.composefs.erofs.xattrs import METACOPY, REDIRECT
+from hostimaged.composefs.fsverity import Algorithm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from hostimaged.composefs.fsverity import Algorithm, Buffer
+    from hostimaged.composefs.fsverity import Buffer
     from hostimaged.composefs.tree import Directory
     from hostimaged.ids import ObjectId
 
@@ -33,6 +34,19 @@ class Image:
     def __init__(self, data: Buffer, algorithm: Algorithm, *, name: str = "the image") -> None:
         self._raw = RawImage(data, name)
         self._names = ObjectNames(algorithm)
+
+    @classmethod
+    def detect(cls, data: Buffer, *, name: str = "the image") -> Self:
+        """Open an image of unknown hash: that of the first digest in it, sha256 if there is none."""
+        raw = RawImage(data, name)
+        known = [(algorithm, ObjectNames(algorithm)) for algorithm in Algorithm]
+        for _, xattrs in _inodes(raw, Walk(raw)):
+            for prefix, suffix, value in xattrs:
+                if prefix == PREFIX_TRUSTED and suffix == METACOPY:
+                    for algorithm, names in known:
+                        if names.in_metacopy(value) is not None:
+                            return cls(data, algorithm, name=name)
+        return cls(data, Algorithm.SHA256, name=name)
 
     @property
     def format(self) -> Format:
@@ -79,33 +93,18 @@ class Image:
 
     def _checked_inodes(self) -> Iterator[tuple[Inode, list[Xattr]]]:
         """Every inode with its xattrs, once, each checked."""
-        raw, walk = self._raw, Walk(self._raw)
-        epoch1 = raw.format is not Format.V2
-        seen = {raw.root_nid}
-        pending = [raw.root_nid]
-        while pending:
-            inode = walk.inode(pending.pop())
-            xattrs = walk.xattrs(inode)
+        epoch1 = self._raw.format is not Format.V2
+        check = self._check_directory if epoch1 else None
+        for inode, xattrs in _inodes(self._raw, Walk(self._raw), check):
             self._check_inode(inode, xattrs, epoch1)
             yield inode, xattrs
-            if inode.nid == raw.root_nid and not inode.is_directory:
-                raise raw.error("has a root that is no directory")
-            if not inode.is_directory:
-                continue
-            names = set()
-            for name, nid in walk.entries(inode):
-                if name in (b".", b".."):
-                    continue
-                if epoch1:
-                    if inode.nid == raw.root_nid:
-                        names.add(name)
-                    elif _is_whiteout(*raw.mode_and_where(nid)):
-                        raise raw.error("has a whiteout outside the root")
-                if nid not in seen:
-                    seen.add(nid)
-                    pending.append(nid)
-            if epoch1 and inode.nid == raw.root_nid and not names >= STUB_NAMES:
-                raise raw.error("lacks some of the 256 whiteouts in the root")
+
+    def _check_directory(self, inode: Inode, entries: list[tuple[bytes, int]]) -> None:
+        if inode.nid == self._raw.root_nid:
+            if not STUB_NAMES.issubset(name for name, _ in entries):
+                raise self._raw.error("lacks some of the 256 whiteouts in the root")
+        elif any(_is_whiteout(*self._raw.mode_and_where(nid)) for _, nid in entries):
+            raise self._raw.error("has a whiteout outside the root")
 
     def _check_inode(self, inode: Inode, xattrs: list[Xattr], epoch1: bool) -> None:
         if epoch1:
@@ -116,6 +115,27 @@ class Image:
                     raise self._raw.error("has a symbolic link across a block boundary")
         elif is_escaped_whiteout(inode, xattrs):
             raise self._raw.error("is of format V2 and has an escaped whiteout")
+
+
+def _inodes(
+    raw: RawImage, walk: Walk, check_directory: Callable[[Inode, list[tuple[bytes, int]]], None] | None = None
+) -> Iterator[tuple[Inode, list[Xattr]]]:
+    """Every inode that can be reached from the root, once, with its xattrs."""
+    seen = {raw.root_nid}
+    pending = [raw.root_nid]
+    while pending:
+        inode = walk.inode(pending.pop())
+        yield inode, walk.xattrs(inode)
+        if inode.is_directory:
+            entries = list(walk.entries(inode))
+            if check_directory is not None:
+                check_directory(inode, entries)
+            for name, nid in entries:
+                if nid not in seen and name not in (b".", b".."):
+                    seen.add(nid)
+                    pending.append(nid)
+        elif inode.nid == raw.root_nid:
+            raise raw.error("has a root that is no directory")
 
 
 def _is_whiteout(mode: int, where: int) -> bool:

@@ -133,8 +133,6 @@ class Restorer:
     def _open(self, inode: Inode, xattrs: list[Xattr], parent_nid: int) -> _Open:
         """A directory whose ``.`` and ``..`` were checked, with its other entries still to be read."""
         raw = self._raw
-        if inode.nid in self._directories:
-            raise raw.error(f"has directory {inode.nid} in two places")
         self._directories.add(inode.nid)
         entries = list(self._walk.entries(inode))
         found = dict(entries)
@@ -152,6 +150,8 @@ class Restorer:
             self._seen[nid] += 1
             at.directory.entries[name] = known[0]
             return None
+        if nid in self._directories:
+            raise self._raw.error(f"has directory {nid} in two places")
         inode = self._walk.inode(nid)
         xattrs = self._walk.xattrs(inode)
         escaped = is_escaped_whiteout(inode, xattrs)
