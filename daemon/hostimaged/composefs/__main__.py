@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final
 
@@ -187,7 +189,13 @@ def _cat_stream(args: argparse.Namespace) -> None:
 
 def _stream_file(name: str) -> int:
     try:
-        return os.dup(sys.stdin.fileno()) if name == "-" else os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        if name != "-":
+            return os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        # A stream is not read from front to back, and standard input may be a pipe.
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy, _PIECE)
+            copy.flush()
+            return os.dup(copy.fileno())
     except OSError as error:
         raise from_os_error(error, f"cannot read {name}") from error
 
