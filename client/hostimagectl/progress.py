@@ -68,14 +68,14 @@ def title(job: Job) -> str:
 def figures(job: Job) -> str:
     """Bytes, rate and time left, as far as they are known."""
     parts = []
-    if job.bytes_total:
-        missing = max(0, job.bytes_total - job.bytes_cached)
-        parts.append(f"{size(job.bytes_done)} of {size(max(missing, job.bytes_done))}")
-        if job.bytes_cached:
-            parts[0] += f" ({size(job.bytes_cached)} already there)"
-    if job.rate:
+    missing = max(0, job.bytes_total - job.bytes_cached, job.bytes_done)
+    if missing:
+        parts.append(f"{size(job.bytes_done)} of {size(missing)}")
+    if job.bytes_cached:
+        parts.append(f"{size(job.bytes_cached)} already there")
+    if job.rate and missing:
         parts.append(f"{size(job.rate)}/s")
-    if job.eta and job.state == JobState.RUNNING:
+    if job.eta >= _MICRO and job.state == JobState.RUNNING:
         parts.append(f"{duration(job.eta / _MICRO)} left")
     return ", ".join(parts)
 

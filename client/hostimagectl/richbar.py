@@ -57,7 +57,6 @@ class RichBar:
             transient=True,
         )
         self._task = self._progress.add_task("", total=None, title="", percent="", figures="")
-        self._progress.start()
 
     def update(self, job: Job) -> None:
         """Draw the bar; a message of the job is printed above it once."""
@@ -65,6 +64,8 @@ class RichBar:
         if message and message != self._message:
             self._message = message
             self.note(message)
+        # Not before there is something to draw; starting again does nothing.
+        self._progress.start()
         self._progress.update(
             self._task,
             total=None if job.progress is None else 1.0,

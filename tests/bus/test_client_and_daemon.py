@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from pathlib import Path
@@ -161,9 +160,9 @@ async def test_the_daemon_crashes_and_comes_back(daemon: Daemon, bus: Bus, tmp_p
     await daemon.start()
     image = daemon.script("image", {"phase": "pulling"}, *steps_until(tmp_path / "never"))
     ctl = await Hostimagectl.start(bus, "pull", image)
-    await _until(ctl, "pulling")
+    await ctl.says("pulling")
     await daemon.kill()
-    await _until(ctl, "hostimaged went away")
+    await ctl.says("hostimaged went away")
     await daemon.start()
     assert await ctl.end() == EXIT_CODES[ErrorName.INTERNAL]
     assert "hostimagectl: the daemon ended while the job was not done\n" in ctl.err
@@ -174,11 +173,3 @@ async def test_the_worker_crashes(daemon: Daemon, bus: Bus) -> None:
     client = await run(bus, "pull", daemon.script("image", {"phase": "pulling"}, {"kill": 9}))
     assert client.code == EXIT_CODES[ErrorName.INTERNAL]
     assert "hostimagectl: " in client.err
-
-
-async def _until(client: Hostimagectl, text: str) -> None:
-    """Wait for a line with ``text`` on the client's standard error."""
-    assert client.process.stderr is not None
-    async with asyncio.timeout(20):
-        while text not in (await client.process.stderr.readline()).decode():
-            pass

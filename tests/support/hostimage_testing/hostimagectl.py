@@ -56,6 +56,13 @@ class Hostimagectl:
         assert self.process.returncode is not None
         return self.process.returncode
 
+    async def says(self, text: str) -> None:
+        """Wait for a line with ``text`` on standard error; ``err`` has only what comes after it."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(PATIENCE):
+            while text not in (line := (await self.process.stderr.readline()).decode()):
+                assert line, f"it ended without saying {text!r}"
+
 
 async def run(bus: Bus, *arguments: str) -> Hostimagectl:
     """Run it to its end."""

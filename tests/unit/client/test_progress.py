@@ -51,8 +51,9 @@ def _line(row: str) -> str:
 
 def test_figures() -> None:
     full = job(bytes_total=3 << 20, bytes_cached=1 << 20, bytes_done=1 << 20, rate=1 << 19, eta=2_000_000)
-    assert progress.figures(full) == "1.0 MiB of 2.0 MiB (1.0 MiB already there), 512.0 KiB/s, 0:02 left"
+    assert progress.figures(full) == "1.0 MiB of 2.0 MiB, 1.0 MiB already there, 512.0 KiB/s, 0:02 left"
     assert progress.figures(job()) == ""
+    assert progress.figures(job(bytes_total=5, bytes_cached=5, eta=10)) == "5 B already there"
     # More than announced, as when a layer is read again: never "3 of 2".
     assert progress.figures(job(bytes_total=2, bytes_done=3)) == "3 B of 3 B"
 
