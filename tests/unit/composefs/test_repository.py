@@ -28,6 +28,7 @@ from hostimaged.composefs.repository import (
 from hostimaged.composefs.repository.names import link_text
 from hostimaged.composefs.splitstream import ContentType, SplitStreamError
 from hostimaged.errors import (
+    Cancelled,
     CorruptRepository,
     ImageNotFound,
     InvalidArgs,
@@ -268,6 +269,19 @@ def test_waiting_for_the_lock(repository: Repository) -> None:
     repository.relock(exclusive=False)
     thread.join(60)
     assert opened[0] >= released
+
+
+def test_waiting_for_the_lock_can_be_cancelled(repository: Repository) -> None:
+    repository.relock(exclusive=True)
+
+    def cancel() -> None:
+        raise Cancelled
+
+    for wait in (Repository.open, Repository.ensure):
+        with pytest.raises(Cancelled):
+            wait(repository.path, lock_timeout=60, check=cancel)
+    with Repository.open_unlocked(repository.path) as other, pytest.raises(Cancelled):
+        other.relock(exclusive=False, lock_timeout=60, check=cancel)
 
 
 # --- objects ------------------------------------------------------------------------------------------------

@@ -307,6 +307,23 @@ def test_found_with_another_digest(secure: Repository, path: Path, kernel: Kerne
         secure.store_object(b"content")
 
 
+@both_ways
+@pytest.mark.parametrize("which", ["secure", "insecure"])
+def test_objects_cut_short_are_replaced(
+    request: pytest.FixtureRequest, path: Path, kernel: Kernel, which: str, *, streaming: bool
+) -> None:
+    """What a crash left is not worth an error: it is proved wrong, and the right bytes are at hand."""
+    repository = request.getfixturevalue(which)
+    id_ = store(repository, b"content", streaming=False)
+    file = object_file(path, id_)
+    kernel.forget(file)
+    os.truncate(file, 0)
+    assert store(repository, b"content", streaming=streaming) == id_
+    assert file.read_bytes() == b"content"
+    status = file.stat()
+    assert kernel.files[status.st_dev, status.st_ino] == (1, id_)
+
+
 def test_an_unsupporting_file_system_is_asked_once(path: Path, kernel: Kernel) -> None:
     kernel.supported = False
     repository, _ = Repository.init(path, verity=Verity.OPPORTUNISTIC)

@@ -26,6 +26,7 @@ from hostimaged.errors import (
 from hostimaged.system import durable, locks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from hostimaged.composefs.fsverity import Buffer
@@ -115,6 +116,7 @@ class Repository:
         formats: FormatSet = DEFAULT_FORMATS,
         verity: Verity = Verity.REQUIRE,
         lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        check: Callable[[], None] | None = None,
     ) -> tuple[Self, bool]:
         """Make a repository at ``path``, whose parent exists, and open it; says whether it is new.
 
@@ -136,7 +138,7 @@ class Repository:
                 durable.sync_directory(path.parent)
             except OSError as error:
                 raise from_os_error(error, "cannot make the repository") from error
-        repository = cls.open(path, lock_timeout=lock_timeout)
+        repository = cls.open(path, lock_timeout=lock_timeout, check=check)
         found = repository.metadata
         if not is_new and found != wanted:
             repository.close()
@@ -152,19 +154,25 @@ class Repository:
         formats: FormatSet = DEFAULT_FORMATS,
         verity: Verity = Verity.REQUIRE,
         lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        check: Callable[[], None] | None = None,
     ) -> tuple[Self, bool]:
         """Open the repository at ``path`` as it is, or make one as ``init`` does; says whether it is new."""
         try:
-            return cls.open(path, lock_timeout=lock_timeout), False
+            return cls.open(path, lock_timeout=lock_timeout, check=check), False
         except RepositoryMissing:
             pass
         try:
             return cls.init(
-                path, algorithm=algorithm, formats=formats, verity=verity, lock_timeout=lock_timeout
+                path,
+                algorithm=algorithm,
+                formats=formats,
+                verity=verity,
+                lock_timeout=lock_timeout,
+                check=check,
             )
         except PreconditionFailed:
             # Another program was faster, with other parameters: as good as one that was there before.
-            return cls.open(path, lock_timeout=lock_timeout), False
+            return cls.open(path, lock_timeout=lock_timeout, check=check), False
 
     @classmethod
     def open(
@@ -174,9 +182,11 @@ class Repository:
         exclusive: bool = False,
         lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
         insecure: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> Self:
         """Open the repository at ``path`` and hold its lock, waiting ``lock_timeout`` seconds at most.
 
+        ``check`` is called while waiting, and may raise to give up.
         ``insecure`` accepts objects without fs-verity even where it is required. Raises
         ``RepositoryMissing``, ``OldRepository``, ``MetadataError``, ``IncompatibleRepository`` or
         ``LockTimeout``.
@@ -184,7 +194,7 @@ class Repository:
         path = Path(path)
         fd = opening.open_directory(path)
         try:
-            locks.lock(fd, exclusive=exclusive, timeout=lock_timeout, what=f"the repository at {path}")
+            _lock(fd, path, exclusive=exclusive, timeout=lock_timeout, check=check)
             return cls._opened(path, fd, insecure=insecure)
         except BaseException:
             os.close(fd)
@@ -226,9 +236,15 @@ class Repository:
     ) -> None:
         self.close()
 
-    def relock(self, *, exclusive: bool, lock_timeout: float = DEFAULT_LOCK_TIMEOUT) -> None:
+    def relock(
+        self,
+        *,
+        exclusive: bool,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Exchange the lock. No lock is held in between, nor after ``LockTimeout``: close the repository."""
-        locks.lock(self._fd, exclusive=exclusive, timeout=lock_timeout, what=f"the repository at {self.path}")
+        _lock(self._fd, self.path, exclusive=exclusive, timeout=lock_timeout, check=check)
 
     # --- facts ---------------------------------------------------------------------------------------------
 
@@ -455,6 +471,11 @@ class Repository:
     def image_refs(self, prefix: str = "") -> dict[str, str]:
         """References below ``prefix``, as ``stream_refs``, to the ids in hex of their images."""
         return self._names.references(_below(_IMAGE_REFS, prefix))
+
+
+def _lock(fd: int, path: Path, *, exclusive: bool, timeout: float, check: Callable[[], None] | None) -> None:
+    what = f"the repository at {path}"
+    locks.lock(fd, exclusive=exclusive, timeout=timeout, what=what, check=check)
 
 
 def _below(directory: str, prefix: str) -> str:
