@@ -34,13 +34,6 @@ INDEX_TYPES: Final = frozenset({INDEX_TYPE, DOCKER_LIST_TYPE})
 REF_NAME: Final = "org.opencontainers.image.ref.name"
 _VERSION_LABEL: Final = "org.opencontainers.image.version"
 
-#: Layers that are tar archives; any other type is a blob (composefs-rs 0.9, OCI import).
-TAR_TYPES: Final = frozenset(
-    f"application/vnd.oci.image.layer.{kind}v1.tar{compression}"
-    for kind in ("", "nondistributable.")
-    for compression in ("", "+gzip", "+zstd")
-)
-
 _D = TypeVar("_D", bound=OciDigest)
 
 

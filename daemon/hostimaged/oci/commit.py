@@ -1,0 +1,184 @@
+"""What a pull writes once its layers are stored: EROFS images, configuration, manifest, tag.
+
+Each step leaves alone what is right already, so that repeating a pull writes nothing, and completes what an
+interrupted one left. Facts: composefs-rs 0.9, OCI images in a repository.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.composefs.erofs import build
+from hostimaged.composefs.splitstream import ContentType
+from hostimaged.errors import CorruptRepository, ImageNotFound, VerityMismatch
+from hostimaged.oci import images
+from hostimaged.oci.filesystem import build_tree
+from hostimaged.oci.images import BOOT_REF, IMAGE_REFS, StoredJson
+from hostimaged.oci.models import parse_manifest
+
+if TYPE_CHECKING:
+    from hostimaged.composefs.erofs.format import Format
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
+    from hostimaged.progress import Reporter
+
+#: Named points of ``Reporter.at``, each before or after one effect on the repository.
+FAULT_POINTS: Final = (
+    "image.built",
+    "image.stored",
+    "config.stored",
+    "manifest.stored",
+    "shared.stored",
+    "pull.tagged",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an image consists of, all of it verified; ``layers`` are stream ids by name, in order."""
+
+    manifest_digest: ManifestDigest
+    raw_manifest: bytes
+    config_digest: ConfigDigest
+    raw_config: bytes
+    layers: dict[str, ObjectId]
+    artifact: bool
+
+
+class Commit:
+    """Stores an image whose layers are there; ``changed`` says whether anything had to be written."""
+
+    def __init__(self, repository: Repository, contents: Contents, reporter: Reporter) -> None:
+        self._repository = repository
+        self._contents = contents
+        self._reporter = reporter
+        self.changed = False
+        self.image_ids: dict[Format, ObjectId] = {}
+
+    def run(self) -> None:
+        """All steps, the tag last: until then nothing leads to the image.
+
+        Afterwards its own tag, config and manifest stream, layers and EROFS images in the formats of the
+        repository are there, on the device, and each tagged manifest refers to its config stream as it is
+        now.
+        """
+        contents = self._contents
+        stored = self._stored_config()
+        if not contents.artifact:
+            self._make_images(stored)
+        config_id = self._write_config(stored)
+        self._reporter.at("config.stored")
+        self._write_manifest(config_id)
+        self._reporter.at("manifest.stored")
+        self._mend_shared()
+        if images.tag(self._repository, images.pull_tag(contents.manifest_digest), contents.manifest_digest):
+            self.changed = True
+        if self.changed:
+            self._repository.sync()
+        self._reporter.at("pull.tagged")
+
+    def _stored_config(self) -> StoredJson | None:
+        try:
+            return images.read_config(self._repository, self._contents.config_digest)
+        except (ImageNotFound, CorruptRepository, VerityMismatch):
+            return None
+
+    def _make_images(self, stored: StoredJson | None) -> None:
+        """Build what is missing of the EROFS images in the repository's formats."""
+        repository = self._repository
+        known = images.image_ids(stored.refs) if stored is not None and self._same_layers(stored) else {}
+        self.image_ids = {kind: id_ for kind, id_ in known.items() if _is_image(repository, id_)}
+        wanted = [kind for kind in repository.formats.in_order() if kind in IMAGE_REFS]
+        missing = [kind for kind in wanted if kind not in self.image_ids]
+        done = len(wanted) - len(missing)
+        self._reporter.generating(done, len(wanted))
+        if not missing:
+            return
+        tree = build_tree(repository, list(self._contents.layers.values()))
+        for kind in missing:
+            self._reporter.at("image.built")
+            self.image_ids[kind] = repository.write_image(build(tree, kind, repository.algorithm))
+            self.changed = True
+            done += 1
+            self._reporter.generating(done, len(wanted))
+            self._reporter.at("image.stored")
+
+    def _same_layers(self, stored: StoredJson) -> bool:
+        return all(stored.refs.get(name) == id_ for name, id_ in self._contents.layers.items())
+
+    def _write_config(self, stored: StoredJson | None) -> ObjectId:
+        contents = self._contents
+        if contents.artifact and stored is not None:
+            # The empty configuration is that of many artifacts, whose manifests name their layers themselves.
+            return stored.stream_id
+        refs = dict(contents.layers)
+        refs |= {name: self.image_ids[kind] for kind, name in IMAGE_REFS.items() if kind in self.image_ids}
+        if stored is not None:
+            refs |= {name: id_ for name, id_ in stored.refs.items() if name.startswith(BOOT_REF)}
+            if stored.refs == refs:
+                return stored.stream_id
+        name = images.config_stream(contents.config_digest)
+        return self._write(name, ContentType.CONFIG, contents.raw_config, refs)
+
+    def _write_manifest(self, config_id: ObjectId) -> None:
+        contents = self._contents
+        refs = {images.config_ref(contents.config_digest): config_id} | contents.layers
+        try:
+            stored = images.read_manifest(self._repository, contents.manifest_digest)
+        except (ImageNotFound, CorruptRepository, VerityMismatch):
+            pass
+        else:
+            if stored.refs == refs:
+                return
+        name = images.manifest_stream(contents.manifest_digest)
+        self._write(name, ContentType.MANIFEST, contents.raw_manifest, refs)
+
+    def _mend_shared(self) -> None:
+        """Let every tagged manifest refer to its config stream as it is now.
+
+        Manifests that share a configuration share its stream. To one that still referred to what the stream
+        was before, the collector would keep that object, but not know it as a stream any more, and drop the
+        EROFS images it names. All tags are looked at, not only those of this configuration: so a pull also
+        mends what another left that was killed between its two streams.
+        """
+        for digest in sorted(set(images.tags(self._repository).values())):
+            if digest == self._contents.manifest_digest:
+                continue
+            try:
+                self._mend(digest)
+            except (ImageNotFound, CorruptRepository, VerityMismatch):
+                # Damaged before; nothing of ours depends on it.
+                continue
+
+    def _mend(self, digest: ManifestDigest) -> None:
+        stored = images.read_manifest(self._repository, digest)
+        config_digest = parse_manifest(stored.raw).config_digest
+        name = images.config_ref(config_digest)
+        current = self._repository.has_stream(images.config_stream(config_digest))
+        if current is None or stored.refs.get(name) == current:
+            return
+        config = images.read_config(self._repository, config_digest, current)
+        refs = {key: config.refs.get(key, id_) for key, id_ in stored.refs.items()} | {name: current}
+        self._write(images.manifest_stream(digest), ContentType.MANIFEST, stored.raw, refs)
+        self._reporter.at("shared.stored")
+
+    def _write(self, name: str, kind: ContentType, raw: bytes, refs: dict[str, ObjectId]) -> ObjectId:
+        """Store ``raw`` as an object and the stream ``name`` of nothing else, with named references."""
+        self.changed = True
+        stored = self._repository.store_object(raw)
+        with self._repository.new_stream(kind) as writer:
+            writer.external(stored.id, len(raw))
+            for key, id_ in refs.items():
+                writer.named_ref(key, id_)
+            return self._repository.write_stream(name, writer)
+
+
+def _is_image(repository: Repository, id_: ObjectId) -> bool:
+    """Whether the EROFS image is there under its name."""
+    try:
+        os.close(repository.open_image(id_.hex()))
+    except (ImageNotFound, CorruptRepository, VerityMismatch):
+        return False
+    return True

@@ -1,0 +1,192 @@
+"""The layers of a pull: which are stored already, and fetching the others side by side."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.composefs.splitstream import ContentType
+from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
+from hostimaged.ids import DiffId
+from hostimaged.oci.decompress import TAR_LAYERS, Compression, decompressed
+from hostimaged.oci.layer_import import import_layer, stream_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.ids import ObjectId
+    from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
+    from hostimaged.oci.source import ImageSource
+    from hostimaged.progress import Phase, Reporter
+
+#: Named points of ``Reporter.at``: a layer is about to be named (``layer_import``), and one is stored.
+FAULT_POINTS: Final = ("layer.verified", "layer.stored")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer to have: where its bytes come from, and the ``id`` that names it in the repository.
+
+    ``id`` is the digest of the tar, or for the blobs of artifacts that of the blob itself.
+    """
+
+    descriptor: Descriptor
+    id: DiffId
+    content_type: ContentType
+
+    @property
+    def stream(self) -> str:
+        """Its stream name."""
+        return stream_name(self.id)
+
+
+def plan_layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerPlan, ...]:
+    """The layers of an image in its order, lowest first; ``config`` is None for an artifact.
+
+    Raises ``UnsupportedImage`` where manifest and configuration disagree, or a layer is not a tar.
+    """
+    if config is None:
+        return tuple(
+            LayerPlan(layer, layer.as_digest(DiffId), _artifact_type(layer.media_type))
+            for layer in manifest.layers
+        )
+    diff_ids = config.diff_ids
+    if len(diff_ids) != len(manifest.layers):
+        raise UnsupportedImage(
+            f"the manifest has {len(manifest.layers)} layers, the image configuration {len(diff_ids)}"
+        )
+    for layer in manifest.layers:
+        if layer.media_type not in TAR_LAYERS:
+            raise UnsupportedImage(f"layers of type {printable(layer.media_type)} are not supported")
+    return tuple(
+        LayerPlan(layer, diff_id, ContentType.LAYER)
+        for layer, diff_id in zip(manifest.layers, diff_ids, strict=True)
+    )
+
+
+def _artifact_type(media_type: str) -> ContentType:
+    # A stream is named by the digest of its content. In an artifact that is the blob as it is, so only an
+    # uncompressed tar can be a layer of that name; composefs-rs splits compressed ones as well, under a
+    # digest that they do not have.
+    if TAR_LAYERS.get(media_type) is Compression.NONE:
+        return ContentType.LAYER
+    return ContentType.BLOB
+
+
+def stored_layer(repository: Repository, plan: LayerPlan) -> ObjectId | None:
+    """Stream id of the layer if it is stored and all its objects are there; None to fetch it (again).
+
+    Objects are looked for, not read: their content is the business of a check of the repository.
+    """
+    try:
+        stream_id = repository.has_stream(plan.stream)
+        if stream_id is None:
+            return None
+        with repository.open_stream(plan.stream, stream_id, plan.content_type) as stream:
+            complete = all(map(repository.has_object, stream.object_refs))
+    except (CorruptRepository, VerityMismatch):
+        return None
+    return stream_id if complete else None
+
+
+def fetch_layers(
+    repository: Repository, source: ImageSource, plans: Sequence[LayerPlan], reporter: StoppableReporter
+) -> dict[DiffId, ObjectId]:
+    """Fetch and store ``plans``, each of another id, as many at once as there are processors; their stream
+    ids.
+
+    The largest come first, so that the last ones to end are short. Every layer that is named is complete and
+    verified, whatever happens to the others. The first error stops the rest and is raised.
+    """
+    if not plans:
+        return {}
+    ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
+    workers = min(os.cpu_count() or 1, len(ordered))
+    found: dict[DiffId, ObjectId] = {}
+    with ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool:
+        futures = {pool.submit(_fetch, repository, source, plan, reporter): plan for plan in ordered}
+        try:
+            for future in as_completed(futures):
+                found[futures[future].id] = future.result()
+                reporter.at("layer.stored")
+        except BaseException:
+            reporter.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return found
+
+
+def _fetch(
+    repository: Repository, source: ImageSource, plan: LayerPlan, reporter: StoppableReporter
+) -> ObjectId:
+    with source.blob(plan.descriptor) as chunks:
+        counted = _counted(chunks, reporter)
+        if plan.content_type is ContentType.LAYER:
+            pieces = decompressed(plan.descriptor.media_type, counted)
+            return import_layer(repository, pieces, plan.id, reporter).stream_id
+        return _store_blob(repository, counted, plan)
+
+
+def _store_blob(repository: Repository, chunks: Iterator[bytes], plan: LayerPlan) -> ObjectId:
+    """Store a blob as it is: one object, and a stream of nothing else."""
+    size = 0
+    with repository.object_writer() as blob:
+        for chunk in chunks:
+            blob.write(chunk)
+            size += len(chunk)
+        stored = blob.commit()
+    with repository.new_stream(ContentType.BLOB) as writer:
+        writer.external(stored.id, size)
+        return repository.write_stream(plan.stream, writer)
+
+
+def _counted(chunks: Iterator[bytes], reporter: Reporter) -> Iterator[bytes]:
+    for chunk in chunks:
+        reporter.at("layer.fetch")
+        reporter.advance(len(chunk))
+        yield chunk
+
+
+class StoppableReporter:
+    """Passes everything on to another reporter, until ``stop``: from then on ``at`` raises ``Cancelled``.
+
+    How the failure of one thread of a job ends the others.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let every thread that comes to a named point end."""
+        self._stopped.set()
+
+    def at(self, point: str) -> None:
+        """See ``Reporter.at``."""
+        if self._stopped.is_set():
+            raise Cancelled
+        self._reporter.at(point)
+
+    def phase(self, phase: Phase) -> None:
+        """Pass on."""
+        self._reporter.phase(phase)
+
+    def totals(self, total: int, cached: int) -> None:
+        """Pass on."""
+        self._reporter.totals(total, cached)
+
+    def advance(self, count: int) -> None:
+        """Pass on."""
+        self._reporter.advance(count)
+
+    def generating(self, done: int, total: int) -> None:
+        """Pass on."""
+        self._reporter.generating(done, total)
+
+    def message(self, text: str) -> None:
+        """Pass on."""
+        self._reporter.message(text)
