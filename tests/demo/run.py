@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: A socket's path may have 107 bytes, and the bus adds a name below the scratch directory.
-_LONGEST_DIRECTORY: Final = 80
+#: A socket's path may have 107 bytes; ours are /hostimaged-demo-XXXXXXXX/notify below the temporary directory.
+_LONGEST_DIRECTORY: Final = 75
 _START_TIMEOUT: Final = 20.0
 _STOP_TIMEOUT: Final = 10.0
 _COMMAND_TIMEOUT: Final = 120.0
@@ -74,7 +74,9 @@ class Scratch:
     """The scratch root: a host made of plain files, and everything else that the demo makes."""
 
     def __init__(self) -> None:
-        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) < _LONGEST_DIRECTORY - 30 else "/tmp"
+        parent = tempfile.gettempdir()
+        if len(parent) > _LONGEST_DIRECTORY:
+            parent = "/tmp"
         self.path = Path(tempfile.mkdtemp(prefix="hostimaged-demo-", dir=parent))
         self.root = self.path / "root"
         self.image = self.path / "image"
