@@ -94,6 +94,7 @@ async def _serve(paths: HostPaths) -> None:
 
 def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notifier], Service]:
     """Import, and read settings and history; gives what makes the service of them."""
+    from hostimage_dbus.introspection import load_shipped
     from hostimaged import config, log
     from hostimaged.bus.service import Service
     from hostimaged.jobs.history import History
@@ -101,6 +102,7 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
 
     settings, problems = config.load(paths.settings)
     log.configure(settings.log_level)
+    interfaces = load_shipped()
     boot_id = _read_boot_id(paths)
     history = History(paths.jobs_file, boot_id)
     history.load()
@@ -109,6 +111,7 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
         return Service(
             connection,
             tasks,
+            interfaces=interfaces,
             settings=settings,
             settings_problems=problems,
             history=history,

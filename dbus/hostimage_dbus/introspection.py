@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Emits", "Interface", "Method", "Property", "load", "parse"]
+__all__ = ["Emits", "Interface", "Method", "Property", "load", "load_shipped", "parse"]
 
 DOCTYPE: Final = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
@@ -63,6 +63,12 @@ class Interface:
 def load(file_name: str) -> dict[str, Interface]:
     """The interfaces of a shipped file, by name."""
     return parse(resources.files("hostimage_dbus").joinpath("interfaces", file_name).read_text("utf-8"))
+
+
+def load_shipped() -> dict[str, Interface]:
+    """All shipped interfaces, by name. Reads files: not for the event loop."""
+    names = (entry.name for entry in resources.files("hostimage_dbus").joinpath("interfaces").iterdir())
+    return {name: found for file in names if file.endswith(".xml") for name, found in load(file).items()}
 
 
 def parse(text: str) -> dict[str, Interface]:

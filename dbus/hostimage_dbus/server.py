@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
-from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method, load
+from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method
 from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Connection, MethodCall, Variant
 
 __all__ = ["Export", "Handler", "ObjectServer"]
@@ -91,6 +91,7 @@ class Export:
 class ObjectServer:
     """The objects of a service; the object at ``root`` is the ObjectManager of all below it.
 
+    ``interfaces`` are the shipped ones, those of the specification included.
     Handlers that wait run as tasks of ``tasks``. ``translate`` turns a handler's exception into the error for
     the caller; for None the caller gets ``Internal``, and the journal the traceback.
     """
@@ -100,6 +101,7 @@ class ObjectServer:
         connection: Connection,
         root: str,
         tasks: asyncio.TaskGroup,
+        interfaces: Mapping[str, Interface],
         translate: Callable[[Exception], BusError | None],
     ) -> None:
         self._connection = connection
@@ -108,7 +110,7 @@ class ObjectServer:
         self._translate = translate
         self._objects: dict[str, dict[str, Export]] = {}
         self._waiting: Counter[str] = Counter()
-        self._standard = load("standard.xml")
+        self.interfaces = interfaces
         self._standard_handlers: dict[str, dict[str, Handler]] = {
             PEER: {"Ping": lambda _: [], "GetMachineId": self._machine_id},
             INTROSPECTABLE: {"Introspect": self._introspect},
@@ -219,7 +221,7 @@ class ObjectServer:
             if call.member not in handlers:
                 raise BusError(UNKNOWN_METHOD, f"{call.interface} has no method {call.member}")
             return interface.methods[call.member], handlers[call.member]
-        for name in (*self._objects.get(call.path, {}), *self._standard):
+        for name in (*self._objects.get(call.path, {}), *self._standard_handlers):
             try:
                 interface, handlers = self._interface_at(call.path, name)
             except BusError:
@@ -231,14 +233,14 @@ class ObjectServer:
 
     def _interface_at(self, path: str, name: str) -> tuple[Interface, Mapping[str, Handler]]:
         if name == PEER:
-            return self._standard[name], self._standard_handlers[name]
+            return self.interfaces[name], self._standard_handlers[name]
         self._check_path(path)
         export = self._objects.get(path, {}).get(name)
         if export is not None:
             return export.interface, export.methods
         if name not in self._interfaces_at(path):
             raise BusError(UNKNOWN_INTERFACE, f"there is no interface {name} at {path}")
-        return self._standard[name], self._standard_handlers[name]
+        return self.interfaces[name], self._standard_handlers[name]
 
     def _check_path(self, path: str) -> None:
         if path not in self._objects and not self._children(path):
@@ -270,7 +272,7 @@ class ObjectServer:
 
     def _introspect(self, call: MethodCall) -> Sequence[Any]:
         exported = [export.interface.xml for export in self._objects.get(call.path, {}).values()]
-        standard = [self._standard[name].xml for name in self._interfaces_at(call.path)]
+        standard = [self.interfaces[name].xml for name in self._interfaces_at(call.path)]
         nodes = [f'  <node name="{name}"/>\n' for name in self._children(call.path)]
         return [f"{DOCTYPE}<node>\n{''.join(exported + standard + nodes)}</node>\n"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.introspection import load
 from hostimage_dbus.names import JOB_INTERFACE, JobState, job_path
 from hostimage_dbus.server import Export, ObjectServer
 from hostimage_dbus.transport import Variant
@@ -33,7 +32,7 @@ class JobObjects:
         self._server = server
         self._callers = callers
         self._linger = linger
-        self._interface = load(f"{JOB_INTERFACE}.xml")[JOB_INTERFACE]
+        self._interface = server.interfaces[JOB_INTERFACE]
         self._leaving: dict[str, asyncio.TimerHandle] = {}
 
     def add(self, job: Job, queue: JobQueue) -> None:

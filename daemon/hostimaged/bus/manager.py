@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.introspection import load
 from hostimage_dbus.names import API_VERSION, MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.server import Export, Handler, ObjectServer
 from hostimaged import __version__
@@ -67,7 +66,7 @@ class Manager:
             "ListJobs": self._list_jobs,
             "Pull": self._pull,
         }
-        interface = load(f"{MANAGER_INTERFACE}.xml")[MANAGER_INTERFACE]
+        interface = self._server.interfaces[MANAGER_INTERFACE]
         self._server.export(ROOT_PATH, Export(interface, constant | self._changing(), methods))
 
     def refresh(self) -> None:

@@ -21,8 +21,9 @@ from hostimaged.oci.reference import ImageReference
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from hostimage_dbus.introspection import Interface
     from hostimage_dbus.transport import Connection
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
@@ -44,6 +45,7 @@ class Service:
         connection: Connection,
         tasks: asyncio.TaskGroup,
         *,
+        interfaces: Mapping[str, Interface],
         settings: Settings,
         settings_problems: Sequence[SettingsProblem],
         history: History,
@@ -57,7 +59,7 @@ class Service:
         self._workers = workers
         self._history = history
         self._problems = list(_problems(settings, settings_problems, history))
-        self._server = ObjectServer(connection, ROOT_PATH, tasks, translate)
+        self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
         callers = Callers(connection)
         self._status = StatusCache(self._worker, self._status_changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
