@@ -11,7 +11,7 @@ import importlib
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.errors import EXIT_FAILURE, EXIT_OK
+from hostimage_dbus.errors import EXIT_FAILURE
 from hostimagectl import __version__
 from hostimagectl.failure import Failure, Interrupted
 from hostimagectl.output import PROGRAM, Console, discard_streams, prepare_streams
@@ -138,7 +138,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     logging.getLogger().addHandler(logging.NullHandler())
     command = importlib.import_module(f"hostimagectl.commands.{arguments.command}")
     try:
-        code = asyncio.run(command.run(arguments, console))
+        code: int = asyncio.run(command.run(arguments, console))
     except Failure as failure:
         if console.as_json:
             console.json({"error": failure.as_dict()})
@@ -146,7 +146,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return failure.code
     except Interrupted as interrupted:
         return interrupted.code
-    return int(code) if code is not None else EXIT_OK
+    return code
 
 
 def _command(

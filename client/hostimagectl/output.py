@@ -29,7 +29,7 @@ TEXT_LIMIT: Final = 2000
 
 #: What a person can do about an error, where the message alone does not say it.
 HINTS: Final[dict[str, str]] = {
-    ErrorName.ACCESS_DENIED: "changing the host needs root",
+    ErrorName.ACCESS_DENIED: "changing the host is for root, or for who polkit allows it",
     ErrorName.AUTHORIZATION_REQUIRED: "run it from a session with a polkit agent, or as root",
     ErrorName.BUSY: f"see '{PROGRAM} jobs'; without --no-queue a pull waits for its turn",
     ErrorName.INVALID_REFERENCE: "an image is written transport:name, such as docker://registry.example/os:latest",

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: A socket's path may have 107 bytes; ours are /hostimaged-demo-XXXXXXXX/notify below the temporary directory.
+#: A socket's path may have 107 bytes, and ours end in /hostimaged-demo-XXXXXXXX/notify.
 _LONGEST_DIRECTORY: Final = 75
 _START_TIMEOUT: Final = 20.0
 _STOP_TIMEOUT: Final = 10.0
