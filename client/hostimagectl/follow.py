@@ -87,16 +87,18 @@ class Follower:
                         task.cancel()
             finally:
                 self._watch.stop()
+        if job is not None:
+            return job
         if self._failure is not None:
             raise self._failure
-        if job is None:
-            raise Interrupted(self._interrupts[0])
-        return job
+        raise Interrupted(self._interrupts[0])
 
     async def _loop(self, group: asyncio.TaskGroup) -> Job | None:
         """The job at its end; None if the user left or ``_failure`` says why it is not known."""
         while self._failure is None and len(self._interrupts) < 2:
             self._wake.clear()
+            if self.path is None and self._interrupts:
+                self._display.note("the job will be cancelled as soon as hostimaged has accepted it")
             if self.path is not None:
                 job = self._watch.job(self.path)
                 if self._is_over(job):
@@ -139,8 +141,9 @@ class Follower:
         """The ended job with everything it left: signals may have been merged or missed."""
         told = self._watch.job(path)
         try:
-            self._watch.merge(path, await self._service.job_properties(path), newest=True)
-        except Failure:
+            async with asyncio.timeout(self._patience.removal):
+                self._watch.merge(path, await self._service.job_properties(path), newest=True)
+        except (Failure, TimeoutError):
             return told
         job = self._watch.job(path)
         return job if job.ended else replace(job, state=told.state, error=told.error)

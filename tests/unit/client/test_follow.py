@@ -82,6 +82,23 @@ async def test_signals_are_subscribed_before_the_call(bus: Any, run: Run) -> Non
     await task
 
 
+async def test_a_job_that_ended_is_told_though_nothing_answers_any_more(bus: Any, run: Run) -> None:
+    task = run.start()
+    await bus.called("GetAll")
+    bus.change(PATH, Result={"tag": Variant("s", "x")})
+    answer = bus.call
+
+    async def hang(*arguments: Any, **options: Any) -> Any:
+        bus.lost.set()
+        await asyncio.Event().wait()
+        return await answer(*arguments, **options)
+
+    bus.call = hang
+    bus.end(PATH, "done")
+    job = await task
+    assert (job.state, job.result) == ("done", {"tag": "x"})
+
+
 async def test_a_job_that_ended_before_the_reply(bus: Any, run: Run) -> None:
     async def end_at_once() -> None:
         bus.end(PATH, "done", Result={"changed": Variant("b", False)})
@@ -311,7 +328,7 @@ async def test_an_ignored_signal_stays_ignored(bus: Any, run: Run) -> None:
         signal.signal(signal.SIGINT, before)
 
 
-async def test_interrupt_before_the_job_is_known(bus: Any, run: Run) -> None:
+async def test_interrupt_before_the_job_is_known(bus: Any, run: Run, display: Recorder) -> None:
     go = asyncio.Event()
 
     async def slow() -> None:
@@ -324,6 +341,7 @@ async def test_interrupt_before_the_job_is_known(bus: Any, run: Run) -> None:
     run.follower.interrupt(signal.SIGINT)
     await asyncio.sleep(0.01)
     assert bus.count("Cancel") == 0
+    assert "as soon as" in display.notes[-1]
     go.set()
     assert (await task).cancelled
 
