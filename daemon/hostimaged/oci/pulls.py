@@ -62,13 +62,17 @@ def load(path: Path) -> list[PullRow]:
         raise PullsError(f"is larger than {MAX_SIZE} bytes", path=path)
     try:
         content = json.loads(raw)
-        version, rows = content["version"], content["pulls"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        raise PullsError("is damaged", path=path) from None
-    if not isinstance(version, int) or not isinstance(rows, list):
+    except (ValueError, RecursionError):
+        content = None
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
         raise PullsError("is damaged", path=path)
     if version > VERSION:
+        # Whatever form that has.
         raise NewerPulls(path=path)
+    rows = content.get("pulls")
+    if not isinstance(rows, list):
+        raise PullsError("is damaged", path=path)
     return [row for row in map(_row, rows) if row is not None]
 
 
