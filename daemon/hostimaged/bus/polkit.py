@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -192,20 +192,24 @@ class Authority:
         So long the bus counts a pending reply of ours, and so long the user's place is taken: users who come
         and go cannot use up the replies. Polkit's leaving the bus is an answer too.
         """
-        try:
-            async with self._watched(question), asyncio.TaskGroup() as own:
-                if question.verdict.done():
-                    return
-                canceller = own.create_task(self._cancel_when_settled(question))
-                try:
-                    question.settle(await self._check(question))
-                finally:
-                    canceller.cancel()
-        except BusError as error:
-            _logger.warning("authorization.failed", error=error.name, detail=error.message)
-        finally:
-            question.settle(_Verdict.FAILED)
-            self._waiting.free(question.caller.uid)
+        with ExitStack() as place:
+            place.callback(self._waiting.free, question.caller.uid)
+            try:
+                async with self._watched(question), asyncio.TaskGroup() as own:
+                    if question.verdict.done():
+                        return
+                    canceller = own.create_task(self._cancel_when_settled(question))
+                    try:
+                        verdict = await self._check(question)
+                    finally:
+                        canceller.cancel()
+                    # Before anybody hears of it, so that who asks again at once finds the place free.
+                    place.close()
+                    question.settle(verdict)
+            except BusError as error:
+                _logger.warning("authorization.failed", error=error.name, detail=error.message)
+            finally:
+                question.settle(_Verdict.FAILED)
 
     async def _check(self, question: _Question) -> _Verdict:
         try:
