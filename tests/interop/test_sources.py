@@ -344,10 +344,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that were stopped hang up in the middle."""
+
+
 @contextlib.contextmanager
 def odd_registry(answers: Callable[[str], tuple[int, dict[str, str], bytes, int]]) -> Iterator[str]:
     handler = type("Handler", (_Handler,), {"answers": staticmethod(answers)})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = ("layer.verified", "layer.stored")
 
 
+#: Type of a layer that is a bare tar.
+UNCOMPRESSED: Final = "application/vnd.oci.image.layer.v1.tar"
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """One layer to have: where its bytes come from, and the ``id`` that names it in the repository.
@@ -37,6 +41,15 @@ class LayerPlan:
     descriptor: Descriptor
     id: DiffId
     content_type: ContentType
+
+    @property
+    def media_type(self) -> str:
+        """How the blob is to be read.
+
+        One whose digest is that of the tar is the tar, whatever its descriptor says: skopeo copies images out
+        of containers-storage uncompressed, and leaves the types in the manifest as they were.
+        """
+        return UNCOMPRESSED if self.descriptor.digest == str(self.id) else self.descriptor.media_type
 
     @property
     def stream(self) -> str:
@@ -126,7 +139,7 @@ def _fetch(
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
-            pieces = decompressed(plan.descriptor.media_type, counted)
+            pieces = decompressed(plan.media_type, counted)
             return import_layer(repository, pieces, plan.id, reporter).stream_id
         return _store_blob(repository, counted, plan)
 

@@ -64,11 +64,16 @@ def open_image(
     """
     source = SkopeoSource(reference, containers, work_dir, reporter, silence=silence)
     try:
-        if verify and source.version < ENFORCING:
-            copied = copy_to_directory(reference, containers, work_dir, reporter, silence=silence)
-            source.open(f"dir:{copied}")
-        else:
+        enforced = not verify or source.version >= ENFORCING
+        stored = reference.transport is Transport.CONTAINERS_STORAGE
+        if enforced:
             source.open(str(reference))
+        if stored or not enforced:
+            # A store has its layers unpacked, under other digests than its manifests say: only copying makes
+            # an image of it again.
+            digest = source.manifest().source_digest if enforced else None
+            copied = copy_to_directory(reference, containers, work_dir, reporter, silence=silence)
+            source.open(f"dir:{copied}", known_as=digest)
     except BaseException:
         source.close()
         raise
@@ -94,6 +99,7 @@ class SkopeoSource:
         self._work_dir = work_dir
         self._image = 0
         self._converted = True
+        self._known_as: SourceDigest | None = None
         self._log = _private_log(work_dir)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -118,8 +124,12 @@ class SkopeoSource:
             self.close()
             raise
 
-    def open(self, name: str) -> None:
-        """Open the image ``name``, in skopeo's notation."""
+    def open(self, name: str, *, known_as: SourceDigest | None = None) -> None:
+        """Open the image ``name``, in skopeo's notation, in place of the one opened before.
+
+        ``known_as`` is the digest of its manifest at the source, where ``name`` is but a copy.
+        """
+        self._known_as = known_as
         limit = None if self._reference.transport is Transport.DOCKER else _OPEN_LOCAL
         with self._translated():
             reply = self._proxy.call("OpenImage", name, limit=limit)
@@ -134,7 +144,7 @@ class SkopeoSource:
             source_digest = self._source_digest(pipe.value)
             raw = pipe.read(MAX_MANIFEST, "manifest")
         self._converted = hashlib.sha256(raw).hexdigest() != source_digest.hex
-        return FetchedManifest(raw, source_digest)
+        return FetchedManifest(raw, self._known_as or source_digest)
 
     def config(self, descriptor: Descriptor) -> bytes:
         """The configuration, verified."""
@@ -230,7 +240,9 @@ def copy_to_directory(
     removed when it fails, and by the caller otherwise.
     """
     target = work_dir / "copy"
-    argv = ["skopeo", *_global_options(containers), "copy", "--quiet", "--preserve-digests"]
+    argv = ["skopeo", *_global_options(containers), "copy", "--quiet"]
+    if reference.transport is not Transport.CONTAINERS_STORAGE:
+        argv.append("--preserve-digests")
     argv += _image_options(containers, reference, "src-")
     argv += [str(reference), f"dir:{target}"]
     reporter.message("copying the image first, so that skopeo checks its signatures")

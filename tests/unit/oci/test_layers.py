@@ -82,6 +82,13 @@ def test_plan_of_an_artifact() -> None:
     assert [str(p.id) for p in plans] == [blob.digest for blob in blobs]
 
 
+def test_blob_with_the_digest_of_the_tar_is_the_tar() -> None:
+    blob = descriptor(b"1", TAR + "+gzip")
+    [same] = plan_layers(manifest(blob), config(blob.digest))
+    [other] = plan_layers(manifest(blob), config("sha256:" + "1" * 64))
+    assert (same.media_type, other.media_type) == (TAR, TAR + "+gzip")
+
+
 class Source:
     """Gives blobs that are in memory; ``hooks`` run in the middle of a blob."""
 
