@@ -1,0 +1,80 @@
+"""Orders to workers and the privileges that go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hostimage_testing.tools import REPOSITORY_ROOT
+from hostimaged.errors import InvalidArgs
+from hostimaged.jobs.operations import CAPABILITIES, Order, Profile, Pull, Scan, parse_order
+from hostimaged.jobs.worker import WORK
+from hostimaged.system.syscalls import Capability
+
+
+def test_orders_survive_the_wire() -> None:
+    for operation in (Pull(reference="oci:/x", expect_digest="sha256:1", lock_timeout=3), Scan()):
+        order = Order(root="/somewhere", operation=operation)
+        parsed = parse_order(order.model_dump_json().encode())
+        assert parsed == order
+        assert type(parsed.operation) is type(operation)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"{}",
+        b'{"root": null, "operation": {"kind": "format-disk"}}',
+        b'{"root": null, "operation": {"kind": "pull"}}',
+        b'{"root": null, "operation": {"kind": "pull", "reference": "x", "more": 1}}',
+        b'{"root": null, "operation": {"kind": "pull", "reference": "x", "lock_timeout": -1}}',
+        b'{"root": null, "operation": {"kind": "pull", "reference": "x", "verity": "off"}}',
+    ],
+)
+def test_other_orders_are_refused(line: bytes) -> None:
+    with pytest.raises(InvalidArgs, match="order of a worker"):
+        parse_order(line)
+
+
+def test_equal_pulls_are_equal() -> None:
+    assert Pull(reference="oci:/x") == Pull(reference="oci:/x")
+    assert Pull(reference="oci:/x") != Pull(reference="oci:/x", expect_digest="sha256:1")
+
+
+@pytest.mark.parametrize(
+    ("reference", "profile"),
+    [
+        ("docker://r.example/os", Profile.PULL),
+        ("oci:/x", Profile.PULL),
+        ("oci-archive:/x", Profile.PULL),
+        ("dir:/x", Profile.PULL),
+        ("containers-storage:localhost/os", Profile.PULL_STORAGE),
+    ],
+)
+def test_only_containers_storage_has_privileges(reference: str, profile: Profile) -> None:
+    assert Pull(reference=reference).profile is profile
+
+
+def test_profiles_are_small() -> None:
+    assert CAPABILITIES.keys() == set(Profile)
+    for profile in (Profile.SCAN, Profile.PULL):
+        assert CAPABILITIES[profile] <= {Capability.DAC_READ_SEARCH}
+
+
+def test_every_operation_has_its_work() -> None:
+    assert WORK.keys() == {"pull", "scan"}
+
+
+def test_the_unit_grants_what_workers_need_and_no_more() -> None:
+    unit = Path(REPOSITORY_ROOT / "systemd/hostimaged.service").read_text()
+    granted = {
+        name.removeprefix("CAP_")
+        for line in unit.splitlines()
+        if line.startswith("CapabilityBoundingSet=")
+        for name in line.partition("=")[2].split()
+    }
+    needed = {capability.name for keep in CAPABILITIES.values() for capability in keep}
+    # To take capabilities out of a worker's bounding set, the daemon's worker needs this one.
+    assert granted == needed | {"SETPCAP"}
