@@ -35,7 +35,7 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """The service can be used."""
-        self._send(f"READY=1\nSTATUS={status}")
+        self._send("READY=1", f"STATUS={status}")
 
     def status(self, status: str) -> None:
         """One line for ``systemctl status``."""
@@ -43,7 +43,8 @@ class Notifier:
 
     def reloading(self) -> None:
         """The settings are read again; ``ready`` ends it."""
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send("RELOADING=1", f"MONOTONIC_USEC={usec}")
 
     def stopping(self) -> None:
         """The service is about to end."""
@@ -53,9 +54,11 @@ class Notifier:
         """The service lives."""
         self._send("WATCHDOG=1")
 
-    def _send(self, text: str) -> None:
+    def _send(self, *assignments: str) -> None:
         if not self._address:
             return
+        # A line is an assignment: what comes from outside must not begin one.
+        text = "\n".join(" ".join(assignment.splitlines()) for assignment in assignments)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
                 # A service manager that does not read must not stop the daemon.
