@@ -32,6 +32,6 @@ def pull(paths: HostPaths, operation: operations.Pull, channel: Channel) -> dict
 
 def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
     """Read the state of the host."""
-    from hostimaged.oci import scan as scanner
+    from hostimaged.oci.scan import scan as scan_host
 
-    channel.status(scanner.scan(paths))
+    channel.status(scan_host(paths))
