@@ -230,6 +230,7 @@ def test_reply_nobody_asked_for() -> None:
 
     with proxy_to(twice) as (proxy, _):
         assert proxy.call("Initialize").value == 1
+        proxy._receiver.join(10)
         with pytest.raises(ProxyGone):
             proxy.call("Initialize")
 
