@@ -111,7 +111,8 @@ def update_layer() -> bytes:
         add("./usr/share/common-licenses/.wh..wh..opq")
         add("./usr/share/common-licenses/GPL-4", data=b"not yet\n" * 100)
         add("./etc/hostname", data=b"replaced\n")
-        add("./usr/share/doc/dpkg", symlink, linkname="apt")
+        # A link's mode is 0777 on every Linux file system: no extracted tree could show another.
+        add("./usr/share/doc/dpkg", symlink, linkname="apt", mode=0o777)
         add("./usr/bin/shell", hardlink, linkname="./usr/bin/bash")
         add("./usr/bin/new", mode=0o4755, uid=70000, gid=5, data=b"#!/bin/sh\n" * 50)
         add("./usr/bin/new-link", hardlink, linkname="./usr/bin/new")
