@@ -19,6 +19,7 @@ from hostimaged.jobs.channel import CANCEL
 from hostimaged.jobs.events import MAX_EVENT, ErrorEvent, Event, InvalidEvent, ResultEvent, parse_event
 from hostimaged.jobs.job import Failure
 from hostimaged.jobs.operations import Operation, Order
+from hostimaged.system.paths import HostPaths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +111,7 @@ class Worker:
             "--fd", str(theirs.fileno()),
             "--profile", str(self._operation.profile),
             "--parent", str(os.getpid()),
+            *self._writable(),
         )  # fmt: skip
         return await asyncio.create_subprocess_exec(
             *self._settings.command,
@@ -121,6 +123,12 @@ class Worker:
             start_new_session=True,
             env=_environment(os.environ),
         )
+
+    def _writable(self) -> tuple[str, ...]:
+        """On a running host the physical root is a read-only mount."""
+        if self._settings.root is not None or not self._operation.mutating:
+            return ()
+        return ("--writable", str(HostPaths.live().physical_root))
 
     async def _escalate(self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
         await self._cancelled.wait()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from hostimaged.errors import HostimageError
 
 if TYPE_CHECKING:
     from hostimaged.jobs import operations
@@ -26,7 +29,9 @@ def pull(paths: HostPaths, operation: operations.Pull, channel: Channel) -> dict
             reporter=channel,
         )
     finally:
-        scan(paths, None, channel)
+        # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
+        with suppress(HostimageError):
+            scan(paths, None, channel)
     return result.as_dict()
 
 

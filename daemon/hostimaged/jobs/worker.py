@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,7 @@ from hostimage_dbus.errors import ErrorName
 from hostimaged.errors import HostimageError, Internal, from_os_error
 from hostimaged.jobs.channel import Channel
 from hostimaged.jobs.operations import CAPABILITIES, Operation, Order, Profile
-from hostimaged.system import syscalls
+from hostimaged.system import mounts, syscalls
 from hostimaged.system.locks import FileLock
 from hostimaged.system.paths import HostPaths
 
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--profile", type=Profile, required=True)
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--writable", type=Path)
     arguments = parser.parse_args(argv)
-    _confine(arguments.profile, arguments.parent)
+    _confine(arguments.profile, arguments.parent, arguments.writable)
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
         channel = Channel(sock)
@@ -68,12 +69,16 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     return 0
 
 
-def _confine(profile: Profile, parent: int) -> None:
-    """Tie this process to the daemon, and give up privileges."""
+def _confine(profile: Profile, parent: int, writable: Path | None) -> None:
+    """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges."""
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the daemon is gone")
     os.nice(_NICE)
+    if writable is not None:
+        # What fails here is told by the operation, as a read-only file system.
+        with suppress(OSError):
+            mounts.make_writable(writable)
     syscalls.set_no_new_privs()
     syscalls.drop_capabilities(CAPABILITIES[profile])
 

@@ -309,3 +309,25 @@ def _capset(effective: int, permitted: int, inheritable: int) -> None:
     sets = (effective, permitted, inheritable)
     words = [mask >> shift & 0xFFFFFFFF for shift in (0, 32) for mask in sets]
     _checked(_libc.capset(header, struct.pack("=6I", *words)))
+
+
+# --- mounts ------------------------------------------------------------------------------------------------
+
+MS_RDONLY: Final = 1
+MS_REMOUNT: Final = 32
+MS_BIND: Final = 4096
+MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
+_CLONE_NEWNS: Final = 0x00020000
+
+
+def unshare_mounts() -> None:
+    """Give this process mounts of its own. Call it before the first thread."""
+    _checked(_libc.unshare(ctypes.c_int(_CLONE_NEWNS)))
+
+
+def mount(target: StrPath | bytes, flags: int, source: StrPath | bytes | None = None) -> None:
+    """mount(2) without type and options: a bind mount of ``source``, a remount, a change of propagation."""
+    name = None if source is None else os.fsencode(source)
+    _checked(_libc.mount(name, os.fsencode(target), None, ctypes.c_ulong(flags), None), os.fsdecode(target))

@@ -1,0 +1,76 @@
+"""A read-only mount becomes writable for one process, and for nobody else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hostimage_testing.tools import REPOSITORY_ROOT
+from hostimaged.system import mounts, syscalls
+
+pytestmark = pytest.mark.root
+
+# Runs in a mount namespace of its own, and makes a read-only bind mount of its argument, with a flag to keep.
+_SCRIPT = """
+import errno, os, subprocess, sys
+from pathlib import Path
+from hostimaged.system import mounts, syscalls
+path = Path(sys.argv[1])
+inside = path / "below"
+def refused():
+    try:
+        (path / "probe").touch()
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False
+syscalls.mount("/", syscalls.MS_REC | syscalls.MS_PRIVATE)
+syscalls.mount(path, syscalls.MS_BIND, path)
+syscalls.mount(path, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | os.ST_NODEV)
+assert refused()
+other = subprocess.Popen(
+    [sys.executable, "-c", "import os, sys; input(); os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)",
+     str(path / "other")],
+    stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+mounts.make_writable(inside)
+assert not refused()
+assert os.statvfs(path).f_flag & os.ST_NODEV
+mounts.make_writable(inside)
+assert b"Read-only file system" in other.communicate(b"\\n")[1]
+print("fine")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("name", ["plain", "with space\\and\ttab"])
+def test_only_this_process_may_write(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    (path / "below").mkdir(parents=True)
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", _SCRIPT, str(path)],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY_ROOT}/daemon:{REPOSITORY_ROOT}/dbus"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    if "unshare failed" in done.stderr:
+        pytest.skip("this machine allows no mount namespaces")
+    assert (done.stdout, done.stderr) == ("fine\n", "")
+    assert not (path / "other").exists()
+    assert (path / "probe").exists()
+
+
+def test_what_is_writable_or_missing_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounts, "syscalls", None)
+    mounts.make_writable(tmp_path)
+    mounts.make_writable(tmp_path / "missing")
+
+
+def test_a_failing_call_raises(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="missing"):
+        syscalls.mount(tmp_path / "missing", syscalls.MS_REMOUNT)
