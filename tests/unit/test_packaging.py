@@ -15,6 +15,8 @@ from hostimage_testing.tools import REPOSITORY_ROOT
 SHARED_DATA = {
     "share/dbus-1/system.d/org.hostimage1.conf",
     "share/dbus-1/system-services/org.hostimage1.service",
+    "share/polkit-1/actions/org.hostimage1.policy",
+    "share/doc/hostimaged/50-org.hostimage1.rules.example",
     "share/dbus-1/interfaces/org.hostimage1.Manager.xml",
     "share/dbus-1/interfaces/org.hostimage1.Job.xml",
     "lib/systemd/system/hostimaged.service",

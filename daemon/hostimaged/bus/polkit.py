@@ -52,7 +52,7 @@ _DETAIL_KEY: Final = re.compile(r"[a-z][a-z0-9-]{0,31}\Z")
 _UNIQUE_NAME: Final = re.compile(r":[A-Za-z0-9_.-]{1,254}\Z")
 
 #: What a dialog says where an image is named, by the detail "operation": who enters a password should see
-#: for what. "image" is the only detail in them.
+#: for what, and polkitd gives agents the message only, none of our details. It fills in the image.
 _MESSAGES: Final[Mapping[str, str]] = {
     "check": "Authentication is required to look up the operating system image $(image)",
     "pull": "Authentication is required to download the operating system image $(image)",
@@ -208,6 +208,8 @@ class Authority:
                     question.settle(verdict)
             except BusError as error:
                 _logger.warning("authorization.failed", error=error.name, detail=error.message)
+            except Exception:  # a mistake of ours costs this call, not all that the service does
+                _logger.exception("authorization.failed", action=str(question.action))
             finally:
                 question.settle(_Verdict.FAILED)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from hostimage_dbus.transport import BusError
 from hostimaged.bus.authorization import Action, LogindAction
@@ -239,6 +240,27 @@ async def test_only_the_bus_says_that_a_caller_left(signal: Any, leaves: bool) -
         else:
             await authority.authorize(USER, Action.CHECK, interactive=False)
     assert bool(bus.calls) is not leaves
+
+
+@pytest.mark.parametrize("where", ["call", "add_match", "remove_match"])
+async def test_a_mistake_of_ours_is_a_refusal_and_no_more(where: str) -> None:
+    class Broken(FakeBus):
+        async def add_match(self, rule: str) -> None:
+            if where == "add_match":
+                raise ZeroDivisionError
+
+        async def remove_match(self, rule: str) -> None:
+            if where == "remove_match":
+                raise ZeroDivisionError
+
+    bus = Broken(ZeroDivisionError() if where == "call" else [[False, False, {}]])
+    async with asyncio.TaskGroup() as tasks:
+        authority = Authority(bus, tasks, OWN_UID)  # type: ignore[arg-type]
+        with capture_logs() as logs:
+            for _ in range(10):
+                with pytest.raises(AccessDenied):
+                    await authority.authorize(USER, Action.CHECK, interactive=False)
+    assert [log for log in logs if log.get("exc_info")]
 
 
 async def test_a_service_that_stops_refuses() -> None:
