@@ -127,7 +127,13 @@ def pull_image(
     stoppable = StoppableReporter(reporter)
     stoppable.phase(Phase.RESOLVING)
     stoppable.at("pull.started")
-    repository, _ = Repository.ensure(paths.repository, verity=verity, lock_timeout=lock_timeout)
+    repository, _ = Repository.ensure(
+        paths.repository,
+        verity=verity,
+        lock_timeout=lock_timeout,
+        # Waiting for another process is no step of the work.
+        check=lambda: stoppable.at("pull.locking"),
+    )
     with repository:
         repository.check_writable()
         stoppable.at("pull.opened")
