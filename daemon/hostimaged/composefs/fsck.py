@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from hostimaged.composefs.erofs import ErofsError, Image
 from hostimaged.composefs.erofs.format import MAX_IMAGE
-from hostimaged.composefs.fsck_objects import ObjectCheck
+from hostimaged.composefs.fsck_objects import OBJECTS, ObjectCheck
 from hostimaged.composefs.fsck_report import Findings, Kind, Report, shown
 from hostimaged.composefs.repository.metadata import FILE_NAME, MAX_SIZE, Metadata
 from hostimaged.errors import HostimageError, from_os_error
@@ -247,13 +247,12 @@ class _Check:
 
     def _check_present(self, id_: ObjectId, path: str, kind: Kind, prefix: str = "") -> None:
         try:
-            if self._repository.has_object(id_):
-                return
-        except HostimageError as error:
-            self._report.errors.add(Kind.OBJECT_CHECK_FAILED, shown(path), f"{id_.hex()}: {error.message}")
-        else:
+            os.close(os.open(f"{OBJECTS}/{id_.pathname}", _FILE_FLAGS | os.O_CLOEXEC, dir_fd=self._root))
+        except FileNotFoundError:
             self._report.missing_objects += 1
             self._report.errors.add(kind, shown(path), f"{prefix}{id_.hex()}")
+        except OSError as error:
+            self._report.errors.add(Kind.OBJECT_CHECK_FAILED, shown(path), f"{id_.hex()}: {error.strerror}")
 
 
 class _Corrupted(Exception):
