@@ -141,8 +141,9 @@ def test_required_and_none_has_it(tmp_path: Path, kernel: Kernel, supported: boo
 
 def test_verity_of_another_hash_is_none(tmp_path: Path, kernel: Kernel) -> None:
     path = old(tmp_path / "composefs")
-    kernel.enabled = {inode: (2, found) for inode, (_, found) in kernel.enabled.items()}
-    assert upgraded(path) == (Algorithm.SHA256, False)
+    kernel.enabled = {file.stat().st_ino: (2, bytes(64)) for file in objects(path)}
+    with Repository.upgrade(path)[0] as repository:
+        assert not repository.secure
 
 
 def test_verity_fails_on_the_new_file(
