@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hostimaged.composefs.fsverity import Buffer
 
-#: Entries of a layer: a million take some 700 MB as a tree; the largest OS images known have 200,000.
+#: Entries of a layer: a million take some 500 MB as a tree; the largest OS images known have 200,000.
 MAX_ENTRIES: Final = 1_000_000
 #: Contents up to this size come in one buffer, larger ones in pieces.
 _SMALL: Final = 1 << 20
