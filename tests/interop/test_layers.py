@@ -258,6 +258,7 @@ REFUSED_BY_BOTH = {
     "size beyond the stream": tars.header(b"usr/f", 1_000_000),
     "device without number": tars.header(b"usr/f", 0, b"3", magic=tars.OLD),
     "extensions over a MiB": tars.gnu_long(b"L", b"x" * (1 << 20)) + tars.file(b"x", b"x"),
+    "no end marker and no content": tars.file(b"usr/f", b""),
     "no /usr": None,
 }
 #: Readers of tar disagree about these, or no file system can hold the result.
@@ -281,7 +282,7 @@ REFUSED_BY_US = {
 def layer_data(case: str, body: bytes | None) -> bytes:
     if body is None:
         return tars.file(b"f", b"x") + tars.END
-    return USR + body + (b"" if case.startswith("size beyond") else tars.END)
+    return USR + body + (b"" if case.startswith(("size beyond", "no end marker")) else tars.END)
 
 
 @pytest.mark.parametrize("case", [*REFUSED_BY_BOTH, *REFUSED_BY_US])

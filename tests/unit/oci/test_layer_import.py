@@ -165,9 +165,9 @@ def test_what_is_no_layer_is_refused_and_gives_no_name(repository: Repository, d
 
 def test_too_many_entries_are_refused(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_parts, "MAX_ENTRIES", 10)
-    imported(repository, tars.file(b"f", b"") * 10)
+    imported(repository, tars.file(b"f", b"") * 10 + tars.END)
     with pytest.raises(UnsupportedImage, match="over 10 entries"):
-        imported(repository, tars.file(b"f", b"") * 11)
+        imported(repository, tars.file(b"f", b"") * 11 + tars.END)
 
 
 class Stops(Silent):
