@@ -185,7 +185,9 @@ class ImageProxy:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError
             message = json.loads(data)
-            reply.value, reply.pipe_id = message.get("value"), int(message.get("pipeid") or 0)
+            reply.value, reply.pipe_id = message.get("value"), message.get("pipeid") or 0
+            if not isinstance(reply.pipe_id, int):
+                raise TypeError
             with self._lock:
                 future = self._pending.popleft() if self._pending else None
             if future is None:

@@ -270,7 +270,16 @@ def test_late_reply_leaks_nothing() -> None:
 
 @pytest.mark.parametrize(
     "packet",
-    [b"{", b"[]", b"null", b'{"success": true, "pipeid": "x"}', b"\xff", b"[" * 60_000, b"x" * 70_000],
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b'{"success": true, "pipeid": "x"}',
+        b'{"success": true, "pipeid": 1e999}',
+        b"\xff",
+        b"[" * 60_000,
+        b"x" * 70_000,
+    ],
 )
 def test_nonsense_from_the_peer(packet: bytes) -> None:
     with proxy_to(lambda peer, _request: peer.connection.send(packet) and None) as (proxy, _):
