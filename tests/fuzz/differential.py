@@ -154,9 +154,10 @@ class Layers:
         self._directory = directory
         self._repositories: dict[tuple[str, Algorithm], Repository] = {}
         self._cases = 0
-        self._corpus = [
-            path.read_bytes() for found in CORPORA if found.is_dir() for path in sorted(found.iterdir())
-        ]
+        found = [path for corpus in CORPORA for path in sorted(corpus.iterdir())]
+        # What was wrong once comes first.
+        found.sort(key=lambda path: not path.name.startswith("regression"))
+        self._corpus = [path.read_bytes() for path in found]
         stack.callback(self._close)
 
     def _close(self) -> None:

@@ -86,7 +86,7 @@ class HeaderReader:
 
     def __init__(self, take: Callable[[int], Buffer]) -> None:
         self._take = take
-        # Whether the last entry had no content.
+        # Whether nothing followed the header of the last entry so far.
         self._empty = False
         #: Entries read so far.
         self.count = 0
@@ -120,6 +120,7 @@ class HeaderReader:
             if kind == _PAX_GLOBAL:
                 # Without effect, and a pax header before it is forgotten: so do composefs-rs and Go.
                 self._content(size, 0)
+                self._empty = False
                 extensions, length = {}, 0
                 continue
             if kind in extensions:
