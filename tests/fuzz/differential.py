@@ -59,7 +59,7 @@ FRESH = 300
 KNOWN_REFUSALS = re.compile(
     "is no regular file and has content|a lone block of zeros|leads upwards|has a NUL byte"
     "|invalid link target|a name of over|a path of |sparse files|attribute is larger|invalid size"
-    "|an empty path"
+    "|an empty path|ends after an extension header"
 )
 
 
