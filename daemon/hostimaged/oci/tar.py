@@ -2,9 +2,9 @@
 
 Accepts what composefs-rs 0.9 (tar-core 0.1) accepts, in the same meaning, so that both see the same files in
 the same bytes; old (v7), ustar, GNU and pax headers. Where readers of tar are known to disagree about what
-follows, the entry is refused instead: a lone block of zeros, an extension header before the end, content after
-anything but a regular file, sizes of more than 64 bits. Sparse files are refused, as composefs-rs does. No
-I/O, no content.
+follows, the entry is refused instead: a lone block of zeros, an extension header before the end, content
+after anything but a regular file, sizes of more than 64 bits. Sparse files are refused, as composefs-rs does.
+No I/O, no content.
 """
 
 from __future__ import annotations
