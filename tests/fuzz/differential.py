@@ -7,8 +7,8 @@ usage: differential.py dumps|directories|layers [--seconds N] [--seed N]
 ``layers``: random tars, as they are and damaged, and the corpora of the parsers of layers: accepted by both
 with the same ids in all formats, or refused by both. What we refuse on purpose is in ``KNOWN_REFUSALS…``.
 
-Every case depends on its seed alone; ``--seed N --seconds 0`` runs the case of seed N. Exits 1 at the first
-difference, after printing its seed.
+Every case depends on its seed and the corpora alone; ``--seed N --seconds 0`` runs the case of seed N. Exits
+1 at the first difference, after printing its seed.
 """
 
 from __future__ import annotations
