@@ -39,7 +39,7 @@ class Disk:
         self.count = 0
         self._lock = threading.Lock()
         self._patch = monkeypatch
-        self._open, self._write, self._unlink = os.open, os.write, os.unlink
+        self._open, self._write, self._unlink, self._mkdir = os.open, os.write, os.unlink, os.mkdir
 
     def install(self) -> None:
         for module, names in ((os, _CHANGES), (syscalls, _OTHER_CHANGES)):
@@ -64,7 +64,10 @@ class Disk:
     def _failing(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             # Cleaning up after an error is done as far as it goes: a failure there is not told.
-            if not (self.code and real is self._unlink and str(args[0]).startswith(".")):
+            cleaning = self.code and real is self._unlink and str(args[0]).startswith(".")
+            # What is there already is told before anything else, on every file system.
+            there = real is self._mkdir and _exists(args[0], kwargs.get("dir_fd"))
+            if not cleaning and not there:
                 self._step()
             return real(*args, **kwargs)
 
@@ -87,3 +90,11 @@ class Disk:
         elif flags & os.O_CREAT:
             self._step()
         return self._open(path, flags, mode, dir_fd=dir_fd)
+
+
+def _exists(path: Any, directory: int | None) -> bool:
+    try:
+        os.stat(path, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
