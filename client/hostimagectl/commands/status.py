@@ -22,8 +22,11 @@ _RESULTS: Final = 5
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the status."""
-    del arguments
     async with service.connect() as daemon:
+        if arguments.format != "native":
+            # Made for other programs; what they parse is not ours to change.
+            console.line(await daemon.status_text(arguments.format))
+            return EXIT_OK
         document = await daemon.status()
     show(document, console)
     return EXIT_OK
