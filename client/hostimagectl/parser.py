@@ -6,12 +6,13 @@ import argparse
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimagectl import __version__
-from hostimagectl.catalog import COMMANDS, GROUPS, JOB_OPTIONS, WAITING, Argument, JobCommand
+from hostimagectl.catalog import COMMANDS, GROUPS, JOB_OPTIONS, WAITING
+from hostimagectl.command import Argument, JobCommand
 from hostimagectl.output import PROGRAM
 from hostimagectl.texts import EPILOG, JOB_DESCRIPTION
 
 if TYPE_CHECKING:
-    from hostimagectl.catalog import Command
+    from hostimagectl.command import Command
 
 _WAIT: Final = (
     Argument(

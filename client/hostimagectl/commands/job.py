@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from hostimage_dbus.transport import Variant
 from hostimagectl import service
-from hostimagectl.catalog import JOB_OPTIONS, JobCommand, find
+from hostimagectl.catalog import JOB_OPTIONS, find
+from hostimagectl.command import JobCommand
 from hostimagectl.failure import Failure
 from hostimagectl.image import absolute
 from hostimagectl.outcome import carry_out
@@ -14,7 +15,7 @@ from hostimagectl.outcome import carry_out
 if TYPE_CHECKING:
     import argparse
 
-    from hostimagectl.catalog import Parameter
+    from hostimagectl.command import Parameter
     from hostimagectl.output import Console
     from hostimagectl.service import Service
 

@@ -12,7 +12,8 @@ import pytest
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 from hostimage_dbus.names import job_path
 from hostimage_dbus.transport import BusError, Variant
-from hostimagectl.catalog import JobCommand, find
+from hostimagectl.catalog import find
+from hostimagectl.command import JobCommand
 from hostimagectl.commands import cancel, images, job, jobs, status
 from hostimagectl.failure import Failure
 from hostimagectl.image import absolute
