@@ -18,8 +18,12 @@ SHARED_DATA = {
     "share/polkit-1/actions/org.hostimage1.policy",
     "share/doc/hostimaged/50-org.hostimage1.rules.example",
     "share/dbus-1/interfaces/org.hostimage1.Manager.xml",
+    "share/dbus-1/interfaces/org.hostimage1.Deployment.xml",
     "share/dbus-1/interfaces/org.hostimage1.Job.xml",
     "lib/systemd/system/hostimaged.service",
+    "share/bash-completion/completions/hostimagectl",
+    "share/zsh/site-functions/_hostimagectl",
+    "share/fish/vendor_completions.d/hostimagectl.fish",
 }
 
 

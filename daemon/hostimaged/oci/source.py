@@ -73,9 +73,12 @@ class ImageSource(Protocol):
 
 
 def open_source(
-    reference: ImageReference, paths: HostPaths, work_dir: Path, reporter: Reporter
+    reference: ImageReference, paths: HostPaths, work_dir: Path, reporter: Reporter, *, look: bool = False
 ) -> ImageSource:
     """Open ``reference``, by the way its transport and the signature policy allow.
+
+    With ``look`` only manifest and configuration are wanted, so nothing is copied; an old proxy, which does
+    not enforce the policy, is asked all the same, and the layers of containers-storage cannot be read.
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
     a thread that lives as long as the source is used: helper processes die with it. ``reporter.at`` is
@@ -97,7 +100,8 @@ def open_source(
         layout.close()
     from hostimaged.oci.skopeo import open_image
 
-    return open_image(reference, paths.containers, work_dir, reporter, verify=not required.accepts_anything)
+    verify = not required.accepts_anything
+    return open_image(reference, paths.containers, work_dir, reporter, verify=verify, look=look)
 
 
 def verified(chunks: Iterator[bytes], descriptor: Descriptor, what: str) -> Iterator[bytes]:

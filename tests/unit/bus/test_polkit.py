@@ -254,9 +254,10 @@ async def test_a_mistake_of_ours_is_a_refusal_and_no_more(where: str) -> None:
                 raise ZeroDivisionError
 
     bus = Broken(ZeroDivisionError() if where == "call" else [[False, False, {}]])
-    async with asyncio.TaskGroup() as tasks:
-        authority = Authority(bus, tasks, OWN_UID)  # type: ignore[arg-type]
-        with capture_logs() as logs:
+    # What is done after the answer is logged until the last task ends.
+    with capture_logs() as logs:
+        async with asyncio.TaskGroup() as tasks:
+            authority = Authority(bus, tasks, OWN_UID)  # type: ignore[arg-type]
             for _ in range(10):
                 with pytest.raises(AccessDenied):
                     await authority.authorize(USER, Action.CHECK, interactive=False)

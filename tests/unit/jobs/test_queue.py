@@ -16,7 +16,7 @@ from hostimage_dbus.names import JobState, Phase
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
 from hostimaged.jobs.events import BytesEvent, Event, PhaseEvent, StatusEvent, TotalsEvent
 from hostimaged.jobs.history import History
-from hostimaged.jobs.job import Failure, Initiator, Job
+from hostimaged.jobs.job import Failure, Initiator, Job, Terms
 from hostimaged.jobs.operations import Operation, Pull
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_PER_UID, JobQueue
@@ -54,6 +54,7 @@ class Bench:
         self.workers: list[FakeWorker] = []
         self.told: list[tuple[str, int, str]] = []
         self.scans: list[Any] = []
+        self.submitted = 0
         self.news = asyncio.Event()
         self.history = History(path, "boot")
         self.queue = JobQueue(self.history, self, self, self.start_worker)  # type: ignore[arg-type]
@@ -93,7 +94,11 @@ class Bench:
                 await self.news.wait()
 
     async def submit(self, **options: Any) -> Job:
-        return await self.queue.submit(Pull(reference="oci:/x"), options.pop("who", ROOT), **options)
+        self.submitted += 1
+        operation = options.pop("operation", Pull(reference=f"oci:/x{self.submitted}"))
+        return await self.queue.submit(
+            operation, options.pop("who", ROOT), options.pop("terms", Terms()), **options
+        )
 
     async def running(self) -> tuple[Job, FakeWorker]:
         job = await self.submit()
