@@ -269,11 +269,13 @@ async def test_refusals(
     assert answer[0] == f"org.freedesktop.DBus.Error.{name}"
 
 
-WRITABLE = parse("""<node><interface name="org.example.Two">
-  <property name="Level" type="s" access="readwrite">
-    <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
-  </property>
-</interface></node>""")["org.example.Two"]
+WRITABLE = parse("""<node>
+  <interface name="org.example.Two">
+    <property name="Level" type="s" access="readwrite">
+      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+    </property>
+  </interface>
+</node>""")["org.example.Two"]
 
 
 async def test_a_property_that_can_be_written(fixture: Fixture) -> None:
