@@ -60,10 +60,14 @@ def test_polkit_knows_the_actions(container: Container) -> None:
 
 
 def test_systemd_takes_the_unit(container: Container) -> None:
-    assert container.show("hostimaged.service", "FragmentPath") == "/usr/lib/systemd/system/hostimaged.service"
+    assert (
+        container.show("hostimaged.service", "FragmentPath") == "/usr/lib/systemd/system/hostimaged.service"
+    )
     verified = container.run("systemd-analyze", "verify", "hostimaged.service")
     assert (verified.out, verified.err) == ("", "")
-    exposure = container.run("systemd-analyze", "security", "--threshold=60", "hostimaged.service", check=False)
+    exposure = container.run(
+        "systemd-analyze", "security", "--threshold=60", "hostimaged.service", check=False
+    )
     assert exposure.code == 0, exposure.out
 
 

@@ -55,6 +55,11 @@ class Person:
         event: dict[str, Any] = json.loads(line)
         return event
 
+    def ended(self, name: str, limit: float = PATIENCE) -> int:
+        """Wait for the end of a program started beside; gives its exit code."""
+        code: int = self._order({"do": "wait", "id": name, "limit": limit}, limit)["code"]
+        return code
+
     def end(self, name: str) -> None:
         """Kill a program started beside."""
         self._order({"do": "end", "id": name})

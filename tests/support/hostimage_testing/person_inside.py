@@ -5,11 +5,13 @@ line of JSON for each order on its standard input and writes one for each result
 input. Orders:
 
 ``{"do": "run", "argv": [...], "terminal": bool, "answers": [[text, typed], ...], "limit": seconds}``
-    runs a program to its end. On a terminal, each ``typed`` is entered once its ``text`` has appeared, and a
-    null hangs up: the terminal is closed. Result: ``code``, ``out`` and ``err``.
+    runs a program to its end. On a terminal, each ``typed`` is entered once its ``text``, a prompt for a
+    password, has appeared, and a null hangs up: the terminal is closed. Result: ``code``, ``out`` and ``err``.
 ``{"do": "spawn", "id": name, "argv": [...]}``, ``{"do": "tell", "id": name, "line": text}``,
-``{"do": "hear", "id": name, "limit": seconds}``, ``{"do": "end", "id": name}``
-    run a program beside others: write to it, read a line of it (null: there was none), kill it.
+``{"do": "hear", "id": name, "limit": seconds}``, ``{"do": "wait", "id": name, "limit": seconds}``,
+``{"do": "end", "id": name}``
+    run a program beside others: write to it, read a line of it (null: there was none), wait for its end,
+    kill it.
 
 A result with ``failure`` says why an order could not be carried out.
 """
@@ -23,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from typing import Any
@@ -71,7 +74,16 @@ def _converse(master: int, answers: list[list[str | None]], end: float) -> str:
             if typed is None:
                 return shown.decode(errors="replace")
             answered = shown.index(str(text).encode(), answered) + len(str(text).encode())
+            _wait_until_silent(master, end)
             os.write(master, typed.encode())
+
+
+def _wait_until_silent(master: int, end: float) -> None:
+    """Wait until what is typed is not shown: a prompt for a password drops what was typed before that."""
+    while termios.tcgetattr(master)[3] & termios.ECHO:
+        if time.monotonic() > end:
+            raise TimeoutError("the prompt shows what is typed")
+        time.sleep(0.2)
 
 
 class Beside:
@@ -98,6 +110,10 @@ class Beside:
         line, _, self._read = self._read.partition(b"\n")
         return line.decode()
 
+    def wait(self, limit: float) -> int:
+        self.process.communicate(timeout=limit)
+        return self.process.returncode
+
     def end(self) -> int:
         self.process.kill()
         with suppress(BrokenPipeError):
@@ -123,6 +139,8 @@ class Person:
                 self._beside[order["id"]].tell(order["line"])
             case {"do": "hear"}:
                 return {"line": self._beside[order["id"]].hear(order["limit"])}
+            case {"do": "wait"}:
+                return {"code": self._beside.pop(order["id"]).wait(order["limit"])}
             case {"do": "end"}:
                 return {"code": self._beside.pop(order["id"]).end()}
             case _:
