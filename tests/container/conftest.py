@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="session", params=list(BUSES))
+@pytest.fixture(scope="session", params=BUSES)
 def container(request: pytest.FixtureRequest, root: Path) -> Iterator[Container]:
     """The root, booted; without a repository at first."""
     shutil.rmtree(root / "sysroot", ignore_errors=True)

@@ -11,6 +11,7 @@ import pytest
 from hostimage_testing.tools import REPOSITORY_ROOT
 from hostimage_testing.wheel import SHARED_DATA, build_wheel
 
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a freshly built wheel."""

@@ -6,7 +6,7 @@ input. Orders:
 
 ``{"do": "run", "argv": [...], "terminal": bool, "answers": [[text, typed], ...], "limit": seconds}``
     runs a program to its end. On a terminal, each ``typed`` is entered once its ``text``, a prompt for a
-    password, has appeared, and a null hangs up: the terminal is closed. Result: ``code``, ``out`` and ``err``.
+    password, has appeared, and a null hangs up: the terminal is closed. Result: ``code``, ``out``, ``err``.
 ``{"do": "spawn", "id": name, "argv": [...]}``, ``{"do": "tell", "id": name, "line": text}``,
 ``{"do": "hear", "id": name, "limit": seconds}``, ``{"do": "wait", "id": name, "limit": seconds}``,
 ``{"do": "end", "id": name}``
