@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-vm check bench soak clean
+.PHONY: help demo test test-vm check bench fuzz soak clean
 
 help:
 	@echo 'make demo    private bus, scratch root, sample image: the whole job end to end'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-vm boots a Debian 13 guest for what needs its kernel (fs-verity, vfat)'
 	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
 	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
+	@echo 'make fuzz    coverage-guided fuzzing of the parsers [TARGET=tar] [SECONDS=600]'
 	@echo 'make soak    the random campaigns in full'
 	@echo 'make clean   remove the virtual environment and caches of this checkout'
 
@@ -42,6 +43,12 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@PYTHONPATH=tests/support $(BIN)/python tests/bench/run.py $(BENCH_ARGS)
+
+# With no TARGET: all of them, one after the other.
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	@PYTHONPATH=tests/support $(BIN)/python tests/fuzz/seeds.py $(TARGET)
+	@nice -n 19 $(BIN)/python tests/fuzz/run.py fuzz $(TARGET) --seconds $(or $(SECONDS),600)
 
 soak: $(STAMP)
 	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)

@@ -139,6 +139,14 @@ class NetworkError(HostimageError):
     name = ErrorName.NETWORK
 
 
+class Unavailable(NetworkError):
+    """{detail}"""
+
+    # A peer that cannot be reached now, fell silent, or asks to be left alone for a while. What is no more
+    # than a NetworkError stays so: nobody has to be told that trying again helps where it does not.
+    hint = "the registry or the way to it may be disturbed for the moment: try again later"
+
+
 class RegistryAuth(HostimageError):
     """{detail}"""
 

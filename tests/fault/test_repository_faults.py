@@ -17,7 +17,7 @@ import pytest
 
 from hostimaged.composefs import fsverity, splitstream
 from hostimaged.composefs.fsverity import Algorithm
-from hostimaged.composefs.repository import Repository, RepositoryMissing, Verity
+from hostimaged.composefs.repository import OldRepository, Repository, RepositoryMissing, Verity
 from hostimaged.composefs.splitstream import ContentType, SplitStream
 from hostimaged.errors import HostimageError, NoSpace, ReadOnly, StorageError
 from hostimaged.ids import ObjectId
@@ -287,6 +287,46 @@ def test_making_a_repository(disk: Disk, tmp_path: Path, code: int) -> None:
             assert not (path / "meta.json").exists()
         make(path)
         Repository.open(path).close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, 0])
+def test_upgrading_a_repository(disk: Disk, tmp_path: Path, code: int) -> None:
+    """At any time it is one of the old format, or one that was upgraded."""
+
+    def old(name: str) -> Path:
+        prepare(tmp_path / name)
+        (tmp_path / name / "meta.json").unlink()
+        return tmp_path / name
+
+    path = old("trial")
+    disk.install()
+    disk.plan(-1, code)
+    Repository.upgrade(path)[0].close()
+    expected = (path / "meta.json").read_bytes()
+    steps = disk.count
+    assert steps >= 3
+    for at in range(steps):
+        disk.plan(-1, 0)
+        path = old(f"at-{at}")
+        names = set(os.listdir(path))
+        disk.plan(at, code)
+        with pytest.raises(EXPECTED[code] if code else Crash):
+            Repository.upgrade(path)
+        disk.plan(-1, 0)
+        added = set(os.listdir(path)) - names
+        if "meta.json" in added:
+            assert (path / "meta.json").read_bytes() == expected
+            Repository.open(path).close()
+        else:
+            with pytest.raises(OldRepository):
+                Repository.open(path)
+        left_over = {name for name in added if name.startswith(".meta.json-")}
+        assert added - left_over <= {"meta.json"}
+        assert not left_over or not code, "only a crash leaves a temporary file"
+        repository, _ = Repository.upgrade(path)
+        repository.close()
+        assert (path / "meta.json").read_bytes() == expected
+        check_whole(path, temporary=False)
 
 
 def test_a_failing_sync_keeps_the_name_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,16 @@ class Commit:
         repository are there, on the device, and each tagged manifest refers to its config stream as it is
         now.
         """
+        digest = self._contents.manifest_digest
+        self.store()
+        if images.tag(self._repository, images.pull_tag(digest), digest):
+            self.changed = True
+        if self.changed:
+            self._repository.sync()
+        self._reporter.at("pull.tagged")
+
+    def store(self) -> None:
+        """All steps but the tag, for an image that others keep. The last names are not synced."""
         contents = self._contents
         stored = self._stored_config()
         if not contents.artifact:
@@ -73,11 +83,6 @@ class Commit:
         self._write_manifest(config_id)
         self._reporter.at("manifest.stored")
         self._mend_shared()
-        if images.tag(self._repository, images.pull_tag(contents.manifest_digest), contents.manifest_digest):
-            self.changed = True
-        if self.changed:
-            self._repository.sync()
-        self._reporter.at("pull.tagged")
 
     def _stored_config(self) -> StoredJson | None:
         try:

@@ -82,10 +82,12 @@ class HeaderReader:
     raises if it ends within them. Content is the caller's to skip between two calls of ``read``.
     """
 
-    __slots__ = ("_take", "count")
+    __slots__ = ("_empty", "_take", "count")
 
     def __init__(self, take: Callable[[int], Buffer]) -> None:
         self._take = take
+        # Whether the last entry had no content.
+        self._empty = False
         #: Entries read so far.
         self.count = 0
 
@@ -98,7 +100,9 @@ class HeaderReader:
             header = self._read()
         except UnsupportedImage as error:
             raise UnsupportedImage(f"tar entry {self.count + 1}: {error.message}") from error
-        self.count += header is not None
+        if header is not None:
+            self.count += 1
+            self._empty = not header.size
         return header
 
     def _read(self) -> TarHeader | None:
@@ -126,6 +130,9 @@ class HeaderReader:
     def _check_end(self, block: bytes, extensions: dict[int, bytes]) -> None:
         if extensions:
             raise UnsupportedImage("the archive ends after an extension header")
+        if not block and self._empty:
+            # composefs-rs takes such an archive, but cannot read it back from its splitstream.
+            raise UnsupportedImage("the archive ends without an end marker, after an entry without content")
         if block and bytes(self._take(BLOCK)) != _ZEROS:
             raise UnsupportedImage("a lone block of zeros")
 
