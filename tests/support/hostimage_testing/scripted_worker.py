@@ -52,6 +52,9 @@ def perform(what: str, argument: Any, channel: Channel) -> None:
         getattr(channel, what)(*argument)
     elif what == "phase":
         channel.phase(Phase(argument))
+    elif what == "pause":
+        channel.at("pausing")
+        time.sleep(argument)
     elif what == "wait":
         while not Path(argument).exists():
             channel.at("waiting")
