@@ -234,6 +234,9 @@ async def test_the_client_works_with_it() -> None:
         assert json.loads(failed.out)["error"]["name"] == ErrorName.NETWORK
         status = await run(bus, "status")
         assert "no route to host" in status.out
+        rows = [line.split()[:3] for line in status.out.splitlines()]
+        assert ["b0b0b0b0b0b0", "booted", "42.2"] in rows
+        assert ["a0a0a0a0a0a0", "rollback", "42.1"] in rows
         assert (await run(bus, "show", "booted")).code == 0
         assert (await run(bus, "log-level", "debug")).code == 0
         assert (await run(bus, "log-level")).out == "debug\n"

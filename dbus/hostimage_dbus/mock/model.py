@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -191,9 +192,7 @@ def document(
         },
         "trackedImage": properties["TrackedImage"],
         "images": [_plain(row) for row in rows],
-        "deployments": [
-            {"id": row["Id"], "booted": row["Booted"], "staged": row["Staged"]} for row in deployments
-        ],
+        "deployments": [{_hyphens(key): value for key, value in row.items()} for row in deployments],
         "update": _plain(properties["Update"]) or None,
         "holds": [{"kind": kind, "until": 0, "reason": ""} for kind in properties["Holds"]],
         "jobs": [_job(job) for job in jobs],
@@ -201,6 +200,11 @@ def document(
         "problems": [],
     }
     return json.dumps(text)
+
+
+def _hyphens(name: str) -> str:
+    """Name of a property as the document has it: IsRollback is is-rollback."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
 
 def _plain(row: Mapping[str, Variant]) -> dict[str, Any]:
