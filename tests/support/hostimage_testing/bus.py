@@ -173,6 +173,12 @@ class Daemon:
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
+    def cpu(self) -> float:
+        """Seconds of a processor used so far, by the daemon alone."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def settings(self, text: str) -> None:
         """Write the settings file."""
         (self.root / "etc").mkdir(parents=True, exist_ok=True)
