@@ -288,6 +288,7 @@ def proxy_seeds() -> Iterator[bytes]:
     yield _reply("0.2.8") + _reply(None, success=False, error="no space left on device", error_code="other")
     yield _reply("0.2.8") + _reply(None, success=False, error='unauthorized: "https://u:p@host/v2/?token=x"')
     yield _reply("0.1.0")
+    yield _reply("0.2.8", pipeid=float("inf"))
     yield opened + _reply(DIGEST, PIPE | FD_1, raw)
     yield opened + _reply(DIGEST, UNASKED)
     log = b'time="2026" level=fatal msg="Error: \\"x\\" not found"'

@@ -120,6 +120,7 @@ class _Reader:
         self._reporter = reporter
         self._pipe = pipe
         self._hash: _Hash = hashlib.sha256()
+        self._failure: BaseException | None = None
         #: Entries of the tar, once everything was read.
         self.entries = 0
 
@@ -141,6 +142,8 @@ class _Reader:
         try:
             self.entries = LayerSplitter(self._next, self._emit).run()
         except UnsupportedImage:
+            if self._failure is not None:
+                raise self._failure from None
             # Is it what was asked for? If not, that is the true error.
             while self._next() is not None:
                 pass
@@ -150,7 +153,12 @@ class _Reader:
 
     def _next(self) -> Buffer | None:
         self._reporter.at("layer.read")
-        piece = next(self._pieces, None)
+        try:
+            piece = next(self._pieces, None)
+        except BaseException as error:
+            # Kept as it is: whoever asked for the piece takes it for a complaint about the content.
+            self._failure = error
+            raise
         if piece is not None:
             self._hash.update(piece)
         return piece
