@@ -4,8 +4,10 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Every kind of message in both directions; the rest of tests/bus is about what is done with them.
+OTHER_LIBRARY := tests/unit/dbus $(addprefix tests/bus/test_,transport.py contract.py hostile.py polkit.py properties.py)
 
-.PHONY: help demo test test-container test-vm check bench soak clean
+.PHONY: help demo test test-container test-vm check bench fuzz soak clean
 
 help:
 	@echo 'make demo    private bus, scratch root, sample image: the whole job end to end'
@@ -14,6 +16,7 @@ help:
 	@echo 'make test-vm boots a Debian 13 guest for what needs its kernel (fs-verity, vfat)'
 	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
 	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
+	@echo 'make fuzz    coverage-guided fuzzing of the parsers [TARGET=tar] [SECONDS=600]'
 	@echo 'make soak    the random campaigns in full'
 	@echo 'make clean   remove the virtual environment and caches of this checkout'
 
@@ -31,6 +34,8 @@ test:
 	@$(MAKE) --no-print-directory $(STAMP)
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/pytest $(PYTEST_ARGS)
+	@echo 'what speaks D-Bus once more, with the other library'
+	@HOSTIMAGE_DBUS_LIBRARY=dbus-fast $(BIN)/pytest $(OTHER_LIBRARY)
 	@tests/setup/programs summary
 
 test-container:
@@ -49,8 +54,16 @@ check: $(STAMP)
 bench: $(STAMP)
 	@PYTHONPATH=tests/support $(BIN)/python tests/bench/run.py $(BENCH_ARGS)
 
+# With no TARGET: all of them, one after the other.
+fuzz: $(STAMP)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet -e '.[fuzz]'
+	@PYTHONPATH=tests/support $(BIN)/python tests/fuzz/seeds.py $(TARGET)
+	@nice -n 19 $(BIN)/python tests/fuzz/run.py fuzz $(TARGET) --seconds $(or $(SECONDS),600)
+
 soak: $(STAMP)
 	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
+	@for kind in dumps directories layers; do \
+	    PYTHONPATH=tests/support $(BIN)/python tests/fuzz/differential.py $$kind --seed $$RANDOM || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

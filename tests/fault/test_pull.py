@@ -18,7 +18,7 @@ from hostimaged.composefs.erofs.format import Format
 from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.repository import FormatSet, Repository, Verity
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.errors import HostimageError
+from hostimaged.errors import Cancelled, HostimageError
 from hostimaged.ids import ObjectId
 from hostimaged.oci import images
 from hostimaged.oci.pull import FAULT_POINTS, PullResult, pull_image
@@ -222,3 +222,27 @@ def test_error_at_each_point(host: HostPaths, cfsctl: str, layout: Layout) -> No
 def _tags(host: HostPaths) -> dict[str, object]:
     with Repository.open(host.repository, lock_timeout=0) as repository:
         return dict(images.tags(repository))
+
+
+def test_cancelled_while_waiting_for_the_repository(host: HostPaths, layout: Layout) -> None:
+    class Impatient(Silent):
+        waited = 0
+
+        def at(self, point: str) -> None:
+            if point == "pull.locking":
+                self.waited += 1
+                if self.waited == 3:
+                    raise Cancelled
+
+    reporter = Impatient()
+    with Repository.open(host.repository, exclusive=True), pytest.raises(Cancelled):
+        pull_image(
+            host,
+            ImageReference.parse(f"oci:{layout.path}:v1"),
+            expect_digest=None,
+            verity=Verity.OPPORTUNISTIC,
+            lock_timeout=60,
+            reporter=reporter,
+        )
+    assert reporter.waited == 3
+    assert pull(host, f"oci:{layout.path}:v1").changed, "nothing holds the lock any more"

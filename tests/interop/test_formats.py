@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import stat as st
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 
+from hostimage_testing.dumps import dumped, materialise, mutated
 from hostimage_testing.tools import require, run
 from hostimage_testing.trees import trees
 from hostimaged.composefs.dumpfile import DumpfileError, parse, write
@@ -25,16 +23,12 @@ from hostimaged.composefs.fsverity import Algorithm, digest
 from hostimaged.composefs.repository import Repository, Verity
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.composefs.tree import (
-    BlockDevice,
-    CharDevice,
     Directory,
     External,
     ExternalNoVerity,
-    Fifo,
     Inline,
     Leaf,
     Node,
-    Socket,
     Sparse,
     Stat,
     Symlink,
@@ -55,16 +49,6 @@ def output(*argv: str | Path, data: bytes | None = None) -> bytes:
     done = subprocess.run(argv, input=data, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     return done.stdout
-
-
-def dumped(root: Directory) -> bytes:
-    """The dump file of a tree, with files without verity told apart, which the canonical form does not."""
-    lines = []
-    for (_, node), line in zip(walk(root), write(root), strict=True):
-        if isinstance(node, Leaf) and isinstance(node.content, ExternalNoVerity):
-            line = line.replace(b" - " + node.content.id.hex().encode(), b" - -", 1)
-        lines.append(line)
-    return b"".join(lines)
 
 
 def mkcomposefs(cfsctl: str, text: bytes, image_format: Format) -> bytes:
@@ -97,58 +81,6 @@ def test_reading_random_images(cfsctl: str, image_format: Format, data: strategi
         assert objects == [object_id.pathname for object_id in sorted(opened.objects())]
         measured = output(cfsctl, "composefs-info", "measure-file", name)
         assert measured.decode().strip() == digest(SHA256, image).hex()
-
-
-def materialise(root: Directory, at: Path) -> None:
-    """Make a tree on disk, as far as the file system and our privileges allow."""
-    made: dict[Leaf, Path] = {}
-    for path, node in walk(root):
-        place = Path(os.fsdecode(os.fsencode(at) + path))
-        if isinstance(node, Leaf) and node in made:
-            os.link(made[node], place, follow_symlinks=False)
-            continue
-        if isinstance(node, Directory):
-            place.mkdir(exist_ok=True)
-        else:
-            _make_leaf(node, place)
-            made[node] = place
-        for name, value in node.stat.xattrs.items():
-            if name == b"security.capability":
-                continue  # the kernel takes any value, and then fails to read it
-            with suppress(OSError, ValueError):
-                os.setxattr(place, name, value, follow_symlinks=False)
-        with suppress(OSError):
-            os.chown(place, node.stat.uid, node.stat.gid, follow_symlinks=False)
-        if not place.is_symlink():
-            with suppress(OSError):
-                place.chmod(node.stat.mode | (0o700 if isinstance(node, Directory) else 0o400))
-    for path, node in reversed(list(walk(root))):
-        place = Path(os.fsdecode(os.fsencode(at) + path))
-        with suppress(OSError, OverflowError):
-            nanoseconds = node.stat.mtime % (1 << 33) * 1_000_000_000 + node.stat.nsec
-            os.utime(place, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
-
-
-def _make_leaf(leaf: Leaf, place: Path) -> None:
-    match leaf.content:
-        case Inline(data):
-            place.write_bytes(data)
-        case External(object_id) | ExternalNoVerity(object_id):
-            place.write_bytes(object_id * 3)
-        case Sparse(size):
-            place.write_bytes(bytes(size % 20_000))
-        case Symlink(target):
-            place.symlink_to(os.fsdecode(target))
-        case Fifo():
-            os.mkfifo(place)
-        case Socket():
-            os.mknod(place, st.S_IFSOCK | 0o600)
-        case CharDevice(rdev) | BlockDevice(rdev):
-            kind = st.S_IFCHR if isinstance(leaf.content, CharDevice) else st.S_IFBLK
-            try:
-                os.mknod(place, kind | 0o600, rdev)
-            except OSError:
-                os.mkfifo(place)
 
 
 @pytest.mark.parametrize("algorithm", list(Algorithm), ids=lambda a: a.label)
@@ -185,31 +117,6 @@ def test_assets_of_c_composefs(cfsctl: str, asset: str) -> None:
                 parse(text, SHA256)
         else:
             assert build(parse(text, SHA256), image_format, SHA256) == done.stdout
-
-
-def mutated(lines: list[bytes], rng: random.Random) -> bytes:
-    """A dump file with one thing wrong, or odd."""
-    lines = list(lines)
-    at = rng.randrange(len(lines))
-    fields = lines[at].rstrip(b"\n").split(b" ")
-    odd = rb"""- 0 1 5 @ \x2d \q / /a +7 40755 100644 120777 @100644 1.5 0.1000000000 18446744073709551615
-        18446744073709551616 x=y = \xc3""".split()
-    odd += [b"", "é".encode()]
-    change = rng.randrange(6)
-    if change == 0:
-        del fields[rng.randrange(len(fields))]
-    elif change == 1:
-        fields.insert(rng.randrange(len(fields) + 1), rng.choice(odd))
-    elif change == 2:
-        other = rng.choice(lines).split(b" ")
-        field = rng.randrange(len(fields))
-        fields[field] = other[min(field, len(other) - 1)].rstrip(b"\n")
-    else:
-        fields[rng.randrange(len(fields))] = rng.choice(odd)
-    lines[at] = b" ".join(fields) + b"\n"
-    if change == 2:
-        lines[at:at] = [rng.choice(lines)]
-    return b"".join(lines)
 
 
 SAMPLE = rb"""/ 0 40755 4 0 0 0 1000.0 - - -

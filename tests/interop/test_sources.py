@@ -33,8 +33,9 @@ from hostimaged.errors import (
 from hostimaged.oci.layout import LayoutSource, wanted_platforms
 from hostimaged.oci.models import Manifest, parse_config, parse_manifest
 from hostimaged.oci.reference import ImageReference
+from hostimaged.oci.retry import RetryingSource
 from hostimaged.oci.skopeo import SkopeoSource, open_image
-from hostimaged.oci.source import ImageSource, open_source
+from hostimaged.oci.source import ImageSource, Patience, open_source
 from hostimaged.progress import Silent
 from hostimaged.system.paths import HostPaths
 
@@ -93,7 +94,7 @@ def read(source: ImageSource) -> Fetched:
 
 
 def fetch(text: str, host: HostPaths, work_dir: Path) -> Fetched:
-    return read(open_source(ImageReference.parse(text), host, work_dir, Silent()))
+    return read(open_source(ImageReference.parse(text), host, work_dir, Silent(), Patience(pause=0.02)))
 
 
 def copy(skopeo: str, source: str, target: str, *options: str) -> None:
@@ -118,14 +119,14 @@ def test_same_bytes_by_every_way(
     direct = fetch(origin, host, work_dir)
     assert direct.kind is LayoutSource
     assert (direct.version, len(direct.blobs)) == ("1", 3)
-    for target in (
-        f"docker://{registry.host}/ways:v1",
-        f"dir:{tmp_path}/dir",
-        f"oci-archive:{tmp_path}/a.tar:v1",
+    for target, kind in (
+        (f"docker://{registry.host}/ways:v1", RetryingSource),
+        (f"dir:{tmp_path}/dir", SkopeoSource),
+        (f"oci-archive:{tmp_path}/a.tar:v1", SkopeoSource),
     ):
         # Archives are recompressed by a plain copy.
         copy(skopeo, origin, target, "--preserve-digests")
-        assert fetch(target, host, work_dir) == Fetched(SkopeoSource, *_contents(direct))
+        assert fetch(target, host, work_dir) == Fetched(kind, *_contents(direct))
     assert read(
         open_image(ImageReference.parse(origin), host.containers, work_dir, Silent(), verify=False)
     ) == Fetched(SkopeoSource, *_contents(direct)), "the direct reader and skopeo agree"

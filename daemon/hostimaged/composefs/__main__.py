@@ -2,12 +2,14 @@
 
 ``python -m hostimaged.composefs COMMAND``. Needs no daemon and changes no repository. Gives what the tools of
 composefs-rs give: ``digest`` is ``composefs-info measure-file``, ``mkfs`` is ``mkcomposefs --from-file
---print-digest``, ``dump`` and ``objects`` are those of ``composefs-info``, ``cat-stream`` is ``cfsctl cat``.
+--print-digest``, ``dump`` and ``objects`` are those of ``composefs-info``, ``cat-stream`` is ``cfsctl cat``,
+``fsck`` is ``cfsctl fsck``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from hostimage_dbus.errors import EXIT_FAILURE, EXIT_OK
 from hostimaged.composefs.erofs.format import MAX_IMAGE, Format
 from hostimaged.composefs.fsverity import Algorithm, Hasher, digest
-from hostimaged.errors import HostimageError, InvalidArgs, from_os_error
+from hostimaged.errors import CorruptRepository, HostimageError, InvalidArgs, from_os_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         "--repo", metavar="DIR", help="the repository; without it NAME is a file whose content is all inline"
     )
     _add_algorithm(command, Algorithm.SHA256)
+
+    command = commands.add_parser("fsck", help="check a repository; exit code 0 if nothing is wrong")
+    command.add_argument("repository", metavar="REPO")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.add_argument(
+        "--metadata-only", action="store_true", help="do not look at the content of objects, which is faster"
+    )
     return parser
 
 
@@ -208,6 +217,17 @@ class _NoObjects:
         raise InvalidArgs(f"the stream needs object {id_.pathname}: name its repository with --repo")
 
 
+def _fsck(args: argparse.Namespace) -> None:
+    from hostimaged.composefs import fsck
+    from hostimaged.composefs.repository import Repository
+
+    with Repository.open(args.repository) as repository:
+        report = fsck.check(repository, metadata_only=args.metadata_only)
+    print(json.dumps(report.as_dict(), indent=2) if args.json else report.text().rstrip("\n"))
+    if not report.ok:
+        raise CorruptRepository(f"the check of {args.repository} failed")
+
+
 def _shown(name: str) -> str:
     return "standard input" if name == "-" else name
 
@@ -218,6 +238,7 @@ _COMMANDS: Final = {
     "dump": _dump,
     "objects": _objects,
     "cat-stream": _cat_stream,
+    "fsck": _fsck,
 }
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class Progress:
         self.eta = 0
         self._known = False
         self._images = 0.0
-        self._rate = 0.0
+        self._sum = 0.0
+        self._weight = 0.0
         self._measured_at = now
         self._measured_bytes = 0
         self._announced_at = -math.inf
@@ -69,14 +70,20 @@ class Progress:
         elapsed = now - self._measured_at
         if elapsed <= 0:
             return
+        if self.done == 0:
+            self._measured_at = now
+            return
         current = (self.done - self._measured_bytes) / elapsed
-        # The first measurement stands for itself; later ones are smoothed.
-        weight = 1.0 if self._measured_bytes == 0 else 1.0 - math.exp(-elapsed / _SMOOTHING)
-        self._rate += (current - self._rate) * weight
+        decay = math.exp(-elapsed / _SMOOTHING)
+        self._sum = self._sum * decay + current * (1.0 - decay)
+        self._weight = self._weight * decay + (1.0 - decay)
         self._measured_at, self._measured_bytes = now, self.done
+        # Divided by the weight seen so far, the average of the first moments is theirs alone: without it, the
+        # few bytes of a configuration that come first would hold the rate near nothing for seconds.
+        smoothed = self._sum / self._weight
         missing = max(self.total - self.cached - self.done, 0)
-        self.rate = int(self._rate) if missing else 0
-        self.eta = int(missing / self._rate * 1e6) if missing and self._rate >= 1 else 0
+        self.rate = int(smoothed) if missing else 0
+        self.eta = int(missing / smoothed * 1e6) if missing and smoothed >= 1 else 0
 
     def due(self, now: float) -> bool:
         """Whether to announce now; if so, it counts as announced."""

@@ -37,13 +37,17 @@ FAULT_POINTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an image consists of, all of it verified; ``layers`` are stream ids by name, in order."""
+    """What an image consists of, all of it verified.
+
+    ``layers`` are names and stream ids in the order of the image: one that is in it twice is there twice, as
+    the second may bring back what another in between has changed.
+    """
 
     manifest_digest: ManifestDigest
     raw_manifest: bytes
     config_digest: ConfigDigest
     raw_config: bytes
-    layers: dict[str, ObjectId]
+    layers: tuple[tuple[str, ObjectId], ...]
     artifact: bool
 
 
@@ -64,6 +68,16 @@ class Commit:
         repository are there, on the device, and each tagged manifest refers to its config stream as it is
         now.
         """
+        digest = self._contents.manifest_digest
+        self.store()
+        if images.tag(self._repository, images.pull_tag(digest), digest):
+            self.changed = True
+        if self.changed:
+            self._repository.sync()
+        self._reporter.at("pull.tagged")
+
+    def store(self) -> None:
+        """All steps but the tag, for an image that others keep. The last names are not synced."""
         contents = self._contents
         stored = self._stored_config()
         if not contents.artifact:
@@ -73,11 +87,6 @@ class Commit:
         self._write_manifest(config_id)
         self._reporter.at("manifest.stored")
         self._mend_shared()
-        if images.tag(self._repository, images.pull_tag(contents.manifest_digest), contents.manifest_digest):
-            self.changed = True
-        if self.changed:
-            self._repository.sync()
-        self._reporter.at("pull.tagged")
 
     def _stored_config(self) -> StoredJson | None:
         try:
@@ -96,7 +105,7 @@ class Commit:
         self._reporter.generating(done, len(wanted))
         if not missing:
             return
-        tree = build_tree(repository, list(self._contents.layers.values()))
+        tree = build_tree(repository, [id_ for _, id_ in self._contents.layers])
         for kind in missing:
             self._reporter.at("image.built")
             self.image_ids[kind] = repository.write_image(build(tree, kind, repository.algorithm))
@@ -106,7 +115,7 @@ class Commit:
             self._reporter.at("image.stored")
 
     def _same_layers(self, stored: StoredJson) -> bool:
-        return all(stored.refs.get(name) == id_ for name, id_ in self._contents.layers.items())
+        return all(stored.refs.get(name) == id_ for name, id_ in self._contents.layers)
 
     def _write_config(self, stored: StoredJson | None) -> ObjectId:
         contents = self._contents
@@ -124,7 +133,7 @@ class Commit:
 
     def _write_manifest(self, config_id: ObjectId) -> None:
         contents = self._contents
-        refs = {images.config_ref(contents.config_digest): config_id} | contents.layers
+        refs = {images.config_ref(contents.config_digest): config_id} | dict(contents.layers)
         try:
             stored = images.read_manifest(self._repository, contents.manifest_digest)
         except (ImageNotFound, CorruptRepository, VerityMismatch):

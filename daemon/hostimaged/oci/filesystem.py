@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import Entry
 
-#: Entries of all layers of an image. Bounds memory: an entry takes about 700 bytes as a tree.
+#: Entries of all layers of an image. Bounds memory: an entry takes about 450 bytes as a tree.
 MAX_ENTRIES: Final = 2_000_000
 #: Bytes of names, link targets, attributes and inline contents of all entries of an image together, for the
 #: same reason. An image of 100,000 files has about 10 MB.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
-from hostimaged.oci.decompress import TAR_LAYERS, Compression, decompressed
+from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
 from hostimaged.oci.layer_import import import_layer, stream_name
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _fetch(
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
-            pieces = decompressed(plan.media_type, counted)
+            pieces = decompressed(plan.media_type, counted, limit=DEFAULT_LIMIT)
             return import_layer(repository, pieces, plan.id, reporter).stream_id
         return _store_blob(repository, counted, plan)
 

@@ -23,7 +23,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.errors import NetworkError, UnsupportedImage
+from hostimaged.errors import Unavailable, UnsupportedImage
 from hostimaged.system.process import widen_pipe
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ _QUIET: Final = 1.0
 _SLICE: Final = 0.5
 #: A peer that sends nothing for so long is given up. containers-image's own connection attempts end earlier.
 SILENCE: Final = 120.0
+#: Less than this within ``silence`` seconds of waiting is nothing (1 KiB/s): a peer that sends a byte now and
+#: then would hold up the repository for years.
+_SIGN_OF_LIFE: Final = 128 << 10
 
 
 @dataclass(slots=True)
@@ -75,7 +78,7 @@ class ImageProxy:
     ``close``.
 
     ``waiting`` is called every half second of waiting and may raise to give up. ``silence`` is the number of
-    seconds without any sign of life after which ``NetworkError`` is raised.
+    seconds without any sign of life, be it a reply or data in a pipe, after which ``Unavailable`` is raised.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class ImageProxy:
         self._lock = threading.Lock()
         self._pending: deque[Future[Reply]] = deque()
         self._gone = False
+        self._alive_at = time.monotonic()
         self._receiver = threading.Thread(target=self._receive, name="image-proxy", daemon=True)
         self._receiver.start()
 
@@ -105,14 +109,23 @@ class ImageProxy:
                 self._shut()
         return future
 
+    def alive(self) -> None:
+        """The proxy gave a sign of life."""
+        self._alive_at = time.monotonic()
+
     def wait(self, future: Future[Reply], *, limit: float | None = None) -> Reply:
-        """The reply a future holds; raises what it holds, or ``NetworkError`` after ``limit`` seconds."""
-        deadline = time.monotonic() + (self.silence if limit is None else limit)
+        """The reply a future holds; raises what it holds, or ``Unavailable`` after ``limit`` seconds.
+
+        The proxy may be busy with another thread's pipe, which it has to see the end of first: the time
+        counts from its last sign of life.
+        """
+        patience = self.silence if limit is None else limit
+        begin = time.monotonic()
         try:
             while not _settled(future, _SLICE):
                 self.waiting()
-                if time.monotonic() > deadline:
-                    raise NetworkError(f"skopeo did not answer for {limit or self.silence:.0f} s")
+                if time.monotonic() - max(begin, self._alive_at) > patience:
+                    raise Unavailable(f"skopeo did not answer for {patience:.0f} s")
         except BaseException:
             future.add_done_callback(_discard)
             raise
@@ -133,7 +146,7 @@ class ImageProxy:
     def close(self) -> bool:
         """Ask the proxy to end, and hang up; says whether it did so itself. The process is the caller's."""
         with contextlib.suppress(ProxyGone):
-            self.send("Shutdown")
+            self.send("Shutdown").add_done_callback(_discard)
         self._receiver.join(_SLICE)
         ended = not self._receiver.is_alive()
         with self._lock:
@@ -172,11 +185,14 @@ class ImageProxy:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError
             message = json.loads(data)
-            reply.value, reply.pipe_id = message.get("value"), int(message.get("pipeid") or 0)
+            reply.value, reply.pipe_id = message.get("value"), message.get("pipeid") or 0
+            if not isinstance(reply.pipe_id, int):
+                raise TypeError
             with self._lock:
                 future = self._pending.popleft() if self._pending else None
             if future is None:
                 raise ValueError
+            self.alive()
             if message.get("success") is True:
                 future.set_result(Reply(reply.value, reply.pipe_id, reply.fds))
                 reply = Reply(None, 0)
@@ -207,23 +223,24 @@ class Pipe:
     def chunks(self) -> Iterator[bytes]:
         """The data as it comes, in pieces of up to 1 MiB; ends when the proxy confirmed that it was all.
 
-        Raises ``ProxyError`` when it says otherwise, and ``NetworkError`` after too long a silence.
+        Raises ``ProxyError`` when it says otherwise, and ``Unavailable`` after too long a silence.
         """
-        poller = select.poll()
-        poller.register(self._fd, select.POLLIN | select.POLLHUP)
         received = 0
-        last = time.monotonic()
+        arrival = _Arrival(self._fd, self._proxy)
         while True:
             if self._finishing is None and (self._size is None or received >= self._size):
                 self._finish()
-            if not poller.poll(_SLICE * 1000):
-                self._quiet_for(time.monotonic() - last)
+            if not arrival.wait():
+                if arrival.quiet >= _QUIET:
+                    # A transfer that failed leaves the pipe open and silent: asking is the only way to learn
+                    # of it.
+                    self._finish()
                 continue
             chunk = os.read(self._fd, _CHUNK)
             if not chunk:
                 break
             received += len(chunk)
-            last = time.monotonic()
+            arrival.received(len(chunk))
             yield chunk
         self._confirm()
 
@@ -248,24 +265,57 @@ class Pipe:
             # it answers concerns nobody.
             with contextlib.suppress(ProxyGone):
                 self._finish()
+            if self._finishing is not None:
+                self._finishing.add_done_callback(_discard)
 
     def _finish(self) -> None:
         if self._finishing is None:
             self._finishing = self._proxy.send("FinishPipe", self._id)
-
-    def _quiet_for(self, seconds: float) -> None:
-        self._proxy.waiting()
-        if seconds >= _QUIET:
-            # A transfer that failed leaves the pipe open and silent: asking is the only way to learn of it.
-            self._finish()
-        if seconds >= self._proxy.silence:
-            raise NetworkError(f"no data came for {self._proxy.silence:.0f} s")
 
     def _confirm(self) -> None:
         if self._finishing is None:
             raise ProxyGone
         self._finished = True
         self._proxy.wait(self._finishing).close()
+
+
+class _Arrival:
+    """Waits for the data of a pipe, and counts the time that takes, without the reader's time with it."""
+
+    def __init__(self, fd: int, proxy: ImageProxy) -> None:
+        self._poller = select.poll()
+        self._poller.register(fd, select.POLLIN | select.POLLHUP)
+        self._proxy = proxy
+        #: Seconds of waiting since the last byte.
+        self.quiet = 0.0
+        self._since_sign = self._since_asked = 0.0
+        self._fresh = 0
+
+    def wait(self) -> bool:
+        """Wait half a second at most; says whether there is data, or its end.
+
+        Raises ``Unavailable`` after too long a silence.
+        """
+        begin = time.monotonic()
+        ready = bool(self._poller.poll(_SLICE * 1000))
+        waited = time.monotonic() - begin
+        self.quiet += waited
+        self._since_sign += waited
+        self._since_asked += waited
+        if self._since_asked >= _SLICE:
+            self._since_asked = 0.0
+            self._proxy.waiting()
+        if self._since_sign >= self._proxy.silence:
+            raise Unavailable(f"no data came for {self._proxy.silence:.0f} s")
+        return ready
+
+    def received(self, count: int) -> None:
+        """So many bytes came."""
+        self.quiet = 0.0
+        self._fresh += count
+        if self._fresh >= _SIGN_OF_LIFE:
+            self._fresh, self._since_sign = 0, 0.0
+            self._proxy.alive()
 
 
 def _settled(future: Future[Reply], seconds: float) -> bool:

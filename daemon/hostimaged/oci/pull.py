@@ -20,7 +20,6 @@ from hostimaged.errors import (
     CorruptRepository,
     ImageNotFound,
     NoSpace,
-    NotSupported,
     PreconditionFailed,
     VerityMismatch,
     from_os_error,
@@ -28,23 +27,20 @@ from hostimaged.errors import (
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
 from hostimaged.oci.commit import Commit, Contents
-from hostimaged.oci.images import IMAGE_REFS
 from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
-from hostimaged.oci.source import open_source
+from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
 from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Verity
     from hostimaged.ids import ConfigDigest, DiffId, ObjectId, SourceDigest
     from hostimaged.oci.layers import LayerPlan
     from hostimaged.oci.models import ImageConfig, Manifest
     from hostimaged.oci.reference import ImageReference
-    from hostimaged.oci.source import ImageSource
+    from hostimaged.oci.source import ImageSource, Patience
     from hostimaged.progress import Reporter
     from hostimaged.system.paths import HostPaths
 
@@ -111,6 +107,7 @@ def pull_image(
     verity: Verity,
     lock_timeout: float,
     reporter: Reporter,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -118,7 +115,7 @@ def pull_image(
     image is stored in the formats of the repository, tagged, and has a row in ``pulls.json``, all on the
     device. When it raises, no name points to anything that is not whole and verified, and repeating it goes
     on where it stopped. With ``expect_digest`` the digest of the manifest, here or at the source, must be
-    that one.
+    that one. A registry that is out of reach for a moment is asked again, within ``patience``.
 
     Raises ``PreconditionFailed`` where it is not; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
     ``CorruptRepository`` and others of the repository; ``ImageNotFound``, ``RegistryAuth``, ``NetworkError``,
@@ -127,12 +124,21 @@ def pull_image(
     stoppable = StoppableReporter(reporter)
     stoppable.phase(Phase.RESOLVING)
     stoppable.at("pull.started")
-    repository, _ = Repository.ensure(paths.repository, verity=verity, lock_timeout=lock_timeout)
+    repository, _ = Repository.ensure(
+        paths.repository,
+        verity=verity,
+        lock_timeout=lock_timeout,
+        # Waiting for another process is no step of the work.
+        check=lambda: stoppable.at("pull.locking"),
+    )
     with repository:
         repository.check_writable()
         stoppable.at("pull.opened")
         with private_directory(paths.temporary, "pull-") as work_dir:
-            result = _Pull(repository, reference, stoppable).run(paths, work_dir, expect_digest)
+            with open_source(reference, paths, work_dir, stoppable, patience) as source:
+                pull = _Pull(repository, reference, stoppable)
+                image, layers_found = pull.fetch(source, expect_digest)
+            result = pull.commit(image, layers_found)
         _record(paths, result, stoppable)
     return result
 
@@ -179,22 +185,26 @@ class _Pull:
         self._reference = reference
         self._reporter = reporter
 
-    def run(self, paths: HostPaths, work_dir: Path, expect_digest: str | None) -> PullResult:
-        """Everything but the row."""
-        with open_source(self._reference, paths, work_dir, self._reporter) as source:
-            image = self._resolve(source, expect_digest)
-            self._reporter.at("pull.resolved")
-            self._begin(image)
-            fetched = fetch_layers(self._repository, source, image.missing, self._reporter)
+    def fetch(
+        self, source: ImageSource, expect_digest: str | None
+    ) -> tuple[_Resolved, dict[DiffId, ObjectId]]:
+        """All that needs the source; gives the image and the stream ids of its layers."""
+        image = self._resolve(source, expect_digest)
+        self._reporter.at("pull.resolved")
+        self._begin(image)
+        fetched = fetch_layers(self._repository, source, image.missing, self._reporter)
+        return image, image.stored | fetched
+
+    def commit(self, image: _Resolved, found: dict[DiffId, ObjectId]) -> PullResult:
+        """All that comes after the layers, but for the row."""
         self._reporter.at("pull.layers")
         self._reporter.phase(Phase.IMPORTING)
-        found = image.stored | fetched
         contents = Contents(
             image.digest,
             image.raw,
             image.manifest.config_digest,
             image.raw_config,
-            {str(plan.id): found[plan.id] for plan in image.plans},
+            tuple((str(plan.id), found[plan.id]) for plan in image.plans),
             artifact=image.config is None,
         )
         commitment = Commit(self._repository, contents, self._reporter)
@@ -210,8 +220,8 @@ class _Pull:
                 f"the manifest of {self._reference} is {source_digest}, not the expected {expect_digest}"
             )
         manifest = parse_manifest(raw)
-        if manifest.is_container and self._repository.formats.default not in IMAGE_REFS:
-            raise NotSupported("the repository is of format v0, which has no place for container images")
+        if manifest.is_container:
+            images.check_formats(self._repository)
         raw_config = self._stored_config(manifest.config_digest)
         config_stored = raw_config is not None
         if raw_config is None:

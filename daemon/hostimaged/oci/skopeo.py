@@ -18,12 +18,12 @@ import time
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Final, Self
 
-from hostimaged.errors import InvalidArgs, NetworkError, StorageError, UnsupportedImage, from_os_error
+from hostimaged.errors import InvalidArgs, StorageError, Unavailable, UnsupportedImage, from_os_error
 from hostimaged.ids import SourceDigest
 from hostimaged.oci.models import MAX_CONFIG, MAX_MANIFEST, Descriptor
 from hostimaged.oci.proxy import SILENCE, ImageProxy, ProxyError, ProxyGone
 from hostimaged.oci.reference import ImageReference, Transport
-from hostimaged.oci.skopeo_errors import fatal_message, mapped
+from hostimaged.oci.skopeo_errors import ENDED, fatal_message, mapped
 from hostimaged.oci.source import FetchedManifest, verified
 from hostimaged.system.process import cleaned_environment, spawn, stop
 
@@ -62,7 +62,7 @@ def open_image(
 
     With ``look`` nothing is copied (``source.open_source``).
     ``work_dir``, ``reporter`` and the errors raised are those of ``source.open_source``; ``silence`` is the
-    number of seconds without any sign of life after which ``NetworkError`` is raised.
+    number of seconds without any sign of life after which ``Unavailable`` is raised.
     """
     source = SkopeoSource(reference, containers, work_dir, reporter, silence=silence)
     try:
@@ -85,7 +85,8 @@ def open_image(
 class SkopeoSource:
     """An image served by a proxy of its own, as an ``ImageSource``; ``open`` comes before everything else.
 
-    The proxy dies with the thread that made this object (``process.spawn``).
+    The proxy dies with the thread that made this object (``process.spawn``). ``usable`` turns False when it
+    has died, or hangs: then all else that is asked of this object fails, or may wait as long.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class SkopeoSource:
         self._image = 0
         self._converted = True
         self._known_as: SourceDigest | None = None
+        self.usable = True
         self._log = _private_log(work_dir)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -159,16 +161,30 @@ class SkopeoSource:
                 raw = pipe.read(MAX_CONFIG, "image configuration")
             if "sha256:" + hashlib.sha256(raw).hexdigest() == descriptor.digest:
                 return raw
-        return b"".join(self._verified_blob(descriptor, "image configuration"))
+        return b"".join(verified(self.transfer(descriptor), descriptor, "image configuration"))
 
     @contextmanager
     def blob(self, descriptor: Descriptor) -> Iterator[Iterator[bytes]]:
         """The bytes of a blob, verified by the end of the iteration."""
-        chunks = self._verified_blob(descriptor, "layer")
+        chunks = self.transfer(descriptor)
         try:
-            yield chunks
+            yield verified(chunks, descriptor, "layer")
         finally:
             chunks.close()
+
+    def transfer(self, descriptor: Descriptor) -> Generator[bytes, None, None]:
+        """The bytes of a blob as they come, for a caller that verifies them itself."""
+        arguments = self._image, descriptor.digest, descriptor.size
+        with (
+            self._translated(),
+            self._proxy.open_pipe("GetBlob", *arguments, size=descriptor.size) as pipe,
+        ):
+            yield from pipe.chunks()
+
+    def abandon(self) -> None:
+        """Kill the proxy: whoever waits for it in another thread gets an error at once."""
+        self.usable = False
+        self._process.kill()
 
     def close(self) -> None:
         """End the proxy."""
@@ -205,25 +221,21 @@ class SkopeoSource:
         except InvalidArgs:
             raise UnsupportedImage(f"{self._reference}: the manifest's digest is not sha256") from None
 
-    def _verified_blob(self, descriptor: Descriptor, what: str) -> Generator[bytes, None, None]:
-        with (
-            self._translated(),
-            self._proxy.open_pipe(
-                "GetBlob", self._image, descriptor.digest, descriptor.size, size=descriptor.size
-            ) as pipe,
-        ):
-            yield from verified(pipe.chunks(), descriptor, what)
-
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
         except ProxyError as error:
             raise mapped(error.text, self._reference, [self._work_dir]) from None
+        except Unavailable as error:
+            # It fell silent. A transfer that hangs keeps the proxy from serving anything else.
+            self.usable = False
+            raise Unavailable(f"{self._reference}: {error.message}") from None
         except ProxyGone:
+            self.usable = False
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_PATIENCE)
-            said = fatal_message(_tail(self._log)) or "skopeo ended unexpectedly"
+            said = fatal_message(_tail(self._log)) or ENDED
             raise mapped(said, self._reference, [self._work_dir]) from None
 
 
@@ -242,6 +254,8 @@ def copy_to_directory(
     removed when it fails, and by the caller otherwise.
     """
     target = work_dir / "copy"
+    # One that was made before, and could not be used to the end.
+    shutil.rmtree(target, ignore_errors=True)
     argv = ["skopeo", *_global_options(containers), "copy", "--quiet"]
     if reference.transport is not Transport.CONTAINERS_STORAGE:
         argv.append("--preserve-digests")
@@ -253,19 +267,24 @@ def copy_to_directory(
         with _private_log(work_dir) as log:
             process = spawn(argv, environment=_environment(reference, work_dir), stderr=log)
             try:
-                _watch(process, work_dir, reporter, silence)
+                _watch(process, reference, work_dir, reporter, silence)
             finally:
                 stop(process, _PATIENCE)
             if process.returncode != 0:
-                said = fatal_message(_tail(log)) or f"skopeo ended with status {process.returncode}"
-                raise mapped(said, reference, [work_dir])
+                raise mapped(fatal_message(_tail(log)) or ENDED, reference, [work_dir])
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
     return target
 
 
-def _watch(process: subprocess.Popen[bytes], work_dir: Path, reporter: Reporter, silence: float) -> None:
+def _watch(
+    process: subprocess.Popen[bytes],
+    reference: ImageReference,
+    work_dir: Path,
+    reporter: Reporter,
+    silence: float,
+) -> None:
     """Wait for the end of ``process``, as long as what it writes beneath ``work_dir`` grows."""
     size, last = -1, time.monotonic()
     while True:
@@ -277,7 +296,7 @@ def _watch(process: subprocess.Popen[bytes], work_dir: Path, reporter: Reporter,
             if now != size:
                 size, last = now, time.monotonic()
             elif time.monotonic() - last >= silence:
-                raise NetworkError(f"no data came for {silence:.0f} s") from None
+                raise Unavailable(f"{reference}: no data came for {silence:.0f} s") from None
         else:
             return
 

@@ -19,6 +19,7 @@ from hostimaged.errors import (
     RegistryAuth,
     SignatureRejected,
     StorageError,
+    Unavailable,
     UnsupportedImage,
     printable,
 )
@@ -80,6 +81,11 @@ _CAUSES: Final[tuple[tuple[type[HostimageError], tuple[str, ...]], ...]] = (
             "unexpectedly received a manifest list",
             "unimplemented manifest",
             "unknown media type during manifest conversion",
+            # A manifest that is no JSON, or has no end.
+            "looking for beginning of",
+            "unexpected end of json input",
+            "json: cannot unmarshal",
+            "exceeded maximum allowed size",
         ),
     ),
     (
@@ -102,6 +108,37 @@ _CAUSES: Final[tuple[tuple[type[HostimageError], tuple[str, ...]], ...]] = (
         ),
     ),
 )
+#: What is said for a skopeo that died without a word.
+ENDED: Final = "skopeo ended unexpectedly"
+#: What passes: the same request may well succeed later.
+_PASSING: Final = (
+    "connection refused",
+    "connection reset",
+    "connection timed out",
+    "broken pipe",
+    "unexpected eof",
+    "server closed idle connection",
+    "server sent goaway",
+    "stream error",
+    "i/o timeout",
+    "tls handshake timeout",
+    "timeout awaiting response headers",
+    "client.timeout exceeded",
+    "deadline exceeded",
+    "network is unreachable",
+    "network is down",
+    "no route to host",
+    "host is down",
+    "temporary failure in name resolution",
+    "server misbehaving",
+    "too many requests",
+    "toomanyrequests",
+    ENDED,
+)
+#: The connection ended before the answer came.
+_NO_ANSWER: Final = re.compile(r"\beof$")
+#: Statuses that ask for patience: 408, 425, 429, and faults of the server, gateways among them.
+_PASSING_STATUS: Final = re.compile(r"status\D{0,32}\b(?:408|425|429|50[0234])\b")
 _URL_QUERY: Final = re.compile(r"(https?://[^\s\"'?]*)\?[^\s\"']*")
 _USERINFO: Final = re.compile(r"(https?://)[^\s/@\"']*@")
 _HTTP_VERB: Final = re.compile(r"\b(?:Get|Head|Post) \"(https?://[^\"]*)\": ")
@@ -119,8 +156,17 @@ def mapped(text: str, reference: ImageReference, private: Iterable[Path] = ()) -
                     what=f"{reference}", expected="the bytes its digest names", actual=reason
                 )
             return cause(f"{reference}: {reason}")
-    fallback = NetworkError if reference.transport in _NETWORKED else StorageError
-    return fallback(f"{reference}: {reason}")
+    if reference.transport not in _NETWORKED:
+        return StorageError(f"{reference}: {reason}")
+    return (Unavailable if _passes(lowered) else NetworkError)(f"{reference}: {reason}")
+
+
+def _passes(lowered: str) -> bool:
+    return (
+        any(word in lowered for word in _PASSING)
+        or _NO_ANSWER.search(lowered) is not None
+        or _PASSING_STATUS.search(lowered) is not None
+    )
 
 
 def fatal_message(log: str) -> str:

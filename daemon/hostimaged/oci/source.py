@@ -7,13 +7,16 @@ image is fetched depends on its transport and on the signature policy that appli
 * everything else goes through skopeo's image proxy, which enforces the policy from protocol 0.2.6 on;
 * an older proxy serves only images that need no signature; others are copied by ``skopeo copy``, which
   enforces the policy, into a private directory and read from there.
+
+A registry that is out of reach for a moment is asked again (``retry``); nothing local is.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hostimaged.errors import DigestMismatch, SignatureRejected
 from hostimaged.oci.policy import requirement
@@ -72,8 +75,34 @@ class ImageSource(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How much is borne from a registry; times in seconds.
+
+    One that gives no sign of life for ``silence`` is given up. What may pass is tried ``tries`` times before
+    anything new was received: first after ``pause``, then after ``growth`` times as long, each time more or
+    less by half at random, so that many hosts do not come back in step. Over the whole of a pull no more than
+    ``retries``.
+    """
+
+    silence: float = 120.0
+    tries: int = 4
+    pause: float = 1.0
+    growth: float = 3.0
+    retries: int = 30
+
+
+DEFAULT_PATIENCE: Final = Patience()
+
+
 def open_source(
-    reference: ImageReference, paths: HostPaths, work_dir: Path, reporter: Reporter, *, look: bool = False
+    reference: ImageReference,
+    paths: HostPaths,
+    work_dir: Path,
+    reporter: Reporter,
+    patience: Patience = DEFAULT_PATIENCE,
+    *,
+    look: bool = False,
 ) -> ImageSource:
     """Open ``reference``, by the way its transport and the signature policy allow.
 
@@ -82,7 +111,7 @@ def open_source(
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
     a thread that lives as long as the source is used: helper processes die with it. ``reporter.at`` is
-    called while waiting, so that a cancelled job stops.
+    called while waiting, so that a cancelled job stops; ``reporter.message`` tells of what is tried again.
 
     Raises ``SignatureRejected`` before anything is opened where the policy says so; ``ImageNotFound``,
     ``RegistryAuth``, ``NetworkError``, ``UnsupportedImage``, ``ProgramMissing`` and ``StorageError`` for what
@@ -100,8 +129,21 @@ def open_source(
         layout.close()
     from hostimaged.oci.skopeo import open_image
 
-    verify = not required.accepts_anything
-    return open_image(reference, paths.containers, work_dir, reporter, verify=verify, look=look)
+    opened = partial(
+        open_image,
+        reference,
+        paths.containers,
+        work_dir,
+        reporter,
+        verify=not required.accepts_anything,
+        look=look,
+        silence=patience.silence,
+    )
+    if reference.transport is not Transport.DOCKER:
+        return opened()
+    from hostimaged.oci.retry import RetryingSource
+
+    return RetryingSource(opened, reporter, patience)
 
 
 def verified(chunks: Iterator[bytes], descriptor: Descriptor, what: str) -> Iterator[bytes]:

@@ -2,8 +2,9 @@
 
 Accepts what composefs-rs 0.9 (tar-core 0.1) accepts, in the same meaning, so that both see the same files in
 the same bytes; old (v7), ustar, GNU and pax headers. Where readers of tar are known to disagree about what
-follows, the entry is refused instead: a lone block of zeros, content after anything but a regular file,
-sizes of more than 64 bits. Sparse files are refused, as composefs-rs does. No I/O, no content.
+follows, the entry is refused instead: a lone block of zeros, an extension header before the end, content
+after anything but a regular file, sizes of more than 64 bits. Sparse files are refused, as composefs-rs does.
+No I/O, no content.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ class HeaderReader:
     raises if it ends within them. Content is the caller's to skip between two calls of ``read``.
     """
 
-    __slots__ = ("_take", "count")
+    __slots__ = ("_empty", "_take", "count")
 
     def __init__(self, take: Callable[[int], Buffer]) -> None:
         self._take = take
+        # Whether nothing followed the header of the last entry so far.
+        self._empty = False
         #: Entries read so far.
         self.count = 0
 
@@ -98,7 +101,9 @@ class HeaderReader:
             header = self._read()
         except UnsupportedImage as error:
             raise UnsupportedImage(f"tar entry {self.count + 1}: {error.message}") from error
-        self.count += header is not None
+        if header is not None:
+            self.count += 1
+            self._empty = not header.size
         return header
 
     def _read(self) -> TarHeader | None:
@@ -116,6 +121,7 @@ class HeaderReader:
             if kind == _PAX_GLOBAL:
                 # Without effect, and a pax header before it is forgotten: so do composefs-rs and Go.
                 self._content(size, 0)
+                self._empty = False
                 extensions, length = {}, 0
                 continue
             if kind in extensions:
@@ -126,6 +132,9 @@ class HeaderReader:
     def _check_end(self, block: bytes, extensions: dict[int, bytes]) -> None:
         if extensions:
             raise UnsupportedImage("the archive ends after an extension header")
+        if not block and self._empty:
+            # composefs-rs takes such an archive, but cannot read it back from its splitstream.
+            raise UnsupportedImage("the archive ends without an end marker, after an entry without content")
         if block and bytes(self._take(BLOCK)) != _ZEROS:
             raise UnsupportedImage("a lone block of zeros")
 

@@ -53,8 +53,21 @@ def unzstd(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
 
 
 def _frame(source: ChunkedInput, decompressor: zstandard.ZstdDecompressor) -> Iterator[Buffer]:
+    header, has_checksum, declared = _frame_header(source)
+    size = 0
+    for piece in _blocks(source, decompressor, header, has_checksum):
+        size += len(piece)
+        yield piece
+    # The library compares the two only in some of the ways in which it can be fed.
+    if declared is not None and size != declared:
+        raise UnsupportedImage("the zstd data is damaged: a frame is not as long as it says")
+
+
+def _blocks(
+    source: ChunkedInput, decompressor: zstandard.ZstdDecompressor, header: bytes, has_checksum: bool
+) -> Iterator[bytes]:
+    """The data of a frame after its header."""
     frame = decompressor.decompressobj()
-    header, has_checksum = _frame_header(source)
     try:
         frame.decompress(header)
         last = False
@@ -75,8 +88,8 @@ def _frame(source: ChunkedInput, decompressor: zstandard.ZstdDecompressor) -> It
         raise UnsupportedImage("the zstd data is damaged")
 
 
-def _frame_header(source: ChunkedInput) -> tuple[bytes, bool]:
-    """The whole header, and whether a checksum ends the frame."""
+def _frame_header(source: ChunkedInput) -> tuple[bytes, bool, int | None]:
+    """The whole header, whether a checksum ends the frame, and the length of its data if it is said."""
     descriptor = source.exactly(1)
     flags = descriptor[0]
     single_segment, has_checksum = bool(flags & 0x20), bool(flags & 0x04)
@@ -86,14 +99,17 @@ def _frame_header(source: ChunkedInput) -> tuple[bytes, bool]:
         raise UnsupportedImage("a zstd frame needs a dictionary")
     size_bytes = (int(single_segment), 2, 4, 8)[flags >> 6]
     fields = source.exactly((not single_segment) + size_bytes)
+    declared = None
+    if size_bytes:
+        declared = int.from_bytes(fields[not single_segment :], "little") + (256 if size_bytes == 2 else 0)
     if single_segment:
-        window = int.from_bytes(fields, "little") + (256 if size_bytes == 2 else 0)
+        window = declared or 0
     else:
         base = 1 << (10 + (fields[0] >> 3))
         window = base + (base >> 3) * (fields[0] & 7)
     if window > MAX_WINDOW:
         raise UnsupportedImage(f"a zstd frame asks for a window of {window} bytes, the limit is {MAX_WINDOW}")
-    return _MAGIC.to_bytes(4, "little") + descriptor + fields, has_checksum
+    return _MAGIC.to_bytes(4, "little") + descriptor + fields, has_checksum, declared
 
 
 def _block_size(header: int) -> int:

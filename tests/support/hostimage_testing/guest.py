@@ -1,7 +1,7 @@
 """A Debian 13 guest under emulation: one boot that runs a pytest suite inside and hands back its report.
 
 What the test machines' own kernel lacks (fs-verity, vfat) is tested there. The guest boots its kernel
-directly; its root is ext4 with the verity feature; its init is our script, so no service manager is waited for.
+directly; its root is ext4 with the verity feature; its init is our script: no service manager is waited for.
 """
 
 from __future__ import annotations

@@ -427,6 +427,29 @@ def test_status_for_people(make_console: Any) -> None:
     assert "\x07" not in text
 
 
+def test_status_tells_of_deployments_updates_and_holds(make_console: Any) -> None:
+    console = make_console()
+    more = {
+        "deployments": [
+            {"id": "ab" * 32, "booted": True, "pinned": True, "version": "42.1", "image": "docker://x\x1b"},
+            {"id": "cd" * 32, "booted": False, "staged": True},
+        ],
+        "update": {"version": "42.2", "state": "available", "download-size": 3 << 20},
+        "holds": [
+            {"kind": "manual", "until": 1_700_000_000_000_000, "reason": "a fair\x07"},
+            {"kind": "metered", "until": 0, "reason": ""},
+        ],
+    }
+    status.show(STATUS | more, console)
+    lines = [" ".join(line.split()) for line in console.out.splitlines()]
+    assert "Update: 42.2 (available, 3.0 MiB to download)" in lines
+    assert "abababababab booted, pinned 42.1 docker://x\\x1b" in lines
+    assert "cdcdcdcdcdcd staged - -" in lines
+    assert "Held: metered" in lines
+    assert any(line.startswith("Held: manual until 2023-11-1") for line in lines)
+    assert "\x07" not in console.out
+
+
 def test_status_json_is_the_document(make_console: Any) -> None:
     console = make_console(as_json=True)
     status.show(STATUS, console)
@@ -444,6 +467,7 @@ def test_status_quiet_is_the_state(make_console: Any) -> None:
     [
         {},
         {"daemon": [], "repository": None, "images": {}, "jobs": [1], "results": "x", "problems": [[]]},
+        {"deployments": [{}], "update": {"x": 1}, "holds": [{}]},
         {"daemon": {"state": 1}, "repository": {"formats": [None, 1]}, "images": [{}], "results": [{}]},
     ],
 )

@@ -110,3 +110,15 @@ def test_a_long_step_is_told_each_second() -> None:
     assert not progress.due(1.5)
     assert progress.due(2.0)
     assert not progress.due(9.0)
+
+
+def test_the_configuration_that_comes_first_does_not_hold_the_rate_down() -> None:
+    progress = Progress(0.0)
+    progress.set_totals(10_000_000, 0)
+    progress.set_bytes(900)
+    progress.measure(0.01)
+    for step in range(1, 6):
+        progress.set_bytes(900 + step * 200_000)
+        progress.measure(0.01 + step * 0.2)
+    assert 800_000 < progress.rate < 1_100_000
+    assert progress.eta < 15_000_000

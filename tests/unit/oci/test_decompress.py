@@ -213,6 +213,17 @@ def test_a_dictionary_is_refused() -> None:
         run(ZSTD, bytes(data))
 
 
+@pytest.mark.parametrize("size", [0, 7, 200])
+def test_a_frame_of_another_length_than_it_says_is_refused(size: int) -> None:
+    # With an empty block at its end: for the last block alone the library does not compare.
+    text = (6 << 3).to_bytes(3, "little") + b"abcdef"
+    blocks = (text if size else b"") + (1).to_bytes(3, "little")
+    with pytest.raises(UnsupportedImage, match="not as long"):
+        run(ZSTD, b"\x28\xb5\x2f\xfd\x20" + bytes([size or 45]) + blocks)
+    good = b"\x28\xb5\x2f\xfd\x20" + bytes([6 if size else 0]) + blocks
+    assert run(ZSTD, good) == (b"abcdef" if size else b"")
+
+
 def bomb(blocks: int) -> bytes:
     """A zstd frame of 128 KiB for every four bytes: run-length blocks."""
     block = ((128 << 10) << 3 | 1 << 1).to_bytes(3, "little") + b"\0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,14 @@ def test_vectors_of_composefs_rs(tmp_path: Path) -> None:
     assert [entry.item for entry in found] == expected
     assert [entry.stat.mode for entry in found] == [0o700] * 4
     assert digest(Algorithm.SHA256, bytes(4096)).hex() == ids[4096]
+
+
+def test_a_header_in_a_million_chunks_takes_no_longer_than_they_do() -> None:
+    path = b"p" * 200
+    comment = tars.pax((b"comment", b"x" * 1_000_000), (b"path", path))
+    data = comment + tars.file(b"cut", b"") + tars.END
+    start = time.monotonic()
+    (entry,) = read_entries(data[at : at + 1] for at in range(len(data)))
+    assert entry.path == (path,)
+    # Joining them one by one takes minutes.
+    assert time.monotonic() - start < 10

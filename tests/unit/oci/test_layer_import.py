@@ -7,6 +7,7 @@ import random
 import threading
 import tracemalloc
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hostimaged.composefs.repository import ObjectWriter, Repository, Verity
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, DigestMismatch, NetworkError, NoSpace, UnsupportedImage
 from hostimaged.ids import DiffId
-from hostimaged.oci import layer_import
+from hostimaged.oci import layer_parts
 from hostimaged.oci.layer_import import ImportedLayer, import_layer, stream_name
 from hostimaged.progress import Silent
 
@@ -163,10 +164,10 @@ def test_what_is_no_layer_is_refused_and_gives_no_name(repository: Repository, d
 
 
 def test_too_many_entries_are_refused(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_import, "MAX_ENTRIES", 10)
-    imported(repository, tars.file(b"f", b"") * 10)
+    monkeypatch.setattr(layer_parts, "MAX_ENTRIES", 10)
+    imported(repository, tars.file(b"f", b"") * 10 + tars.END)
     with pytest.raises(UnsupportedImage, match="over 10 entries"):
-        imported(repository, tars.file(b"f", b"") * 11)
+        imported(repository, tars.file(b"f", b"") * 11 + tars.END)
 
 
 class Stops(Silent):
@@ -212,6 +213,13 @@ def test_cancelling_before_the_name(repository: Repository) -> None:
     assert repository.streams() == []
 
 
+def test_several_layers_at_once(repository: Repository) -> None:
+    tar_files = [tars.file(b"f%d" % n, NOISE[n * 1000 :]) + archive() for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        layers = list(pool.map(lambda data: imported(repository, data), tar_files))
+    assert [cat(repository, layer) for layer in layers] == tar_files
+
+
 def test_an_error_of_the_source_comes_through(repository: Repository) -> None:
     def pieces() -> Iterable[bytes]:
         yield archive()[:100_000]
@@ -229,6 +237,16 @@ def test_an_error_of_the_source_goes_before_one_of_its_data(repository: Reposito
         raise DigestMismatch(what="blob", expected="a", actual="b")
 
     with pytest.raises(DigestMismatch, match="blob"):
+        import_layer(repository, pieces(), diff_id(b""), Silent())
+
+
+@pytest.mark.parametrize("begin", [b"", tars.file(b"f", b"x" * 600)[:700]])
+def test_damage_of_the_source_is_not_taken_for_another_digest(repository: Repository, begin: bytes) -> None:
+    def pieces() -> Iterable[bytes]:
+        yield begin
+        raise UnsupportedImage("the gzip data ends early")
+
+    with pytest.raises(UnsupportedImage, match=r": the gzip data ends early$"):
         import_layer(repository, pieces(), diff_id(b""), Silent())
 
 

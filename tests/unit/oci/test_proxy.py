@@ -9,11 +9,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from hostimaged.errors import Cancelled, NetworkError, UnsupportedImage
+from hostimaged.errors import Cancelled, Unavailable, UnsupportedImage
 from hostimaged.oci.proxy import ImageProxy, ProxyError, ProxyGone
 
 Handler = Callable[[dict[str, Any]], None]
@@ -169,7 +170,7 @@ def test_many_threads() -> None:
 def test_silence_ends_waiting() -> None:
     with proxy_to(lambda _peer, _request: None, silence=0.6) as (proxy, _):
         begin = time.monotonic()
-        with pytest.raises(NetworkError, match="did not answer"):
+        with pytest.raises(Unavailable, match="did not answer"):
             proxy.call("OpenImage")
         assert time.monotonic() - begin < 10
     with (
@@ -177,8 +178,64 @@ def test_silence_ends_waiting() -> None:
         proxy.open_pipe("GetBlob", size=9) as pipe,
     ):
         peer._handle = lambda _peer, _request: None
-        with pytest.raises(NetworkError, match="no data"):
+        with pytest.raises(Unavailable, match="no data"):
             pipe.read(9, "thing")
+
+
+def test_a_reply_is_waited_for_while_another_pipe_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer may have to see the end of one transfer before it serves the next request."""
+    monkeypatch.setattr("hostimaged.oci.proxy._SIGN_OF_LIFE", 1)
+    moved = threading.Event()
+
+    def handle(peer: Peer, request: dict[str, Any]) -> None:
+        if request["method"] != "GetBlob":
+            peer.reply("value")
+            return
+        writer = peer.reply(pipe=True)
+        for _ in range(8):
+            time.sleep(0.2)
+            os.write(writer, b"x")
+        moved.set()
+
+    with (
+        proxy_to(handle, silence=1) as (proxy, peer),
+        proxy.open_pipe("GetBlob", size=8) as pipe,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(proxy.call, "OpenImage")
+        chunks = pipe.chunks()
+        assert b"".join(next(chunks) for _ in range(8)) == b"x" * 8
+        assert moved.is_set()
+        assert waiting.result(5).value == "value"
+        peer.finish(min(peer.writers))
+        assert list(chunks) == []
+
+
+def test_a_trickle_is_silence() -> None:
+    """A byte now and then keeps nobody waiting for ever, and can be cancelled."""
+
+    def handle(peer: Peer, request: dict[str, Any]) -> None:
+        if request["method"] == "GetBlob":
+            writer = peer.reply(pipe=True)
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(writer, b"x")
+                    time.sleep(0.05)
+        else:
+            peer.reply()
+
+    def cancel() -> None:
+        raise Cancelled
+
+    for waiting, silence, error in ((lambda: None, 1.0, Unavailable), (cancel, 60.0, Cancelled)):
+        with (
+            proxy_to(handle, waiting, silence) as (proxy, _),
+            proxy.open_pipe("GetBlob", size=1 << 40) as pipe,
+        ):
+            begin = time.monotonic()
+            with pytest.raises(error):
+                pipe.read(1 << 20, "thing")
+            assert time.monotonic() - begin < 10
 
 
 def test_waiting_can_be_cancelled() -> None:
@@ -213,7 +270,16 @@ def test_late_reply_leaks_nothing() -> None:
 
 @pytest.mark.parametrize(
     "packet",
-    [b"{", b"[]", b"null", b'{"success": true, "pipeid": "x"}', b"\xff", b"[" * 60_000, b"x" * 70_000],
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b'{"success": true, "pipeid": "x"}',
+        b'{"success": true, "pipeid": 1e999}',
+        b"\xff",
+        b"[" * 60_000,
+        b"x" * 70_000,
+    ],
 )
 def test_nonsense_from_the_peer(packet: bytes) -> None:
     with proxy_to(lambda peer, _request: peer.connection.send(packet) and None) as (proxy, _):
@@ -251,3 +317,17 @@ def test_pipe_without_a_descriptor() -> None:
 def test_closing_twice_is_over_at_once() -> None:
     with proxy_to(lambda peer, _request: peer.reply("x") and None) as (proxy, _):
         assert proxy.call("Initialize").value == "x"
+
+
+def test_descriptors_in_a_reply_that_nobody_reads_are_closed() -> None:
+    """As of every test: none is left behind."""
+
+    def handle(peer: Peer, request: dict[str, Any]) -> None:
+        # A pipe comes with the answer to FinishPipe as well.
+        peer.reply("value", pipe=True)
+
+    with proxy_to(handle) as (proxy, peer):
+        with proxy.open_pipe("GetManifest", size=None):
+            pass
+        proxy.call("Initialize").close()
+    assert [r["method"] for r in peer.requests] == ["GetManifest", "FinishPipe", "Initialize", "Shutdown"]

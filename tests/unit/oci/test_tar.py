@@ -76,7 +76,7 @@ def test_plain_fields(magic: bytes) -> None:
 
 
 def test_contents_up_to_64_bytes_are_not_external() -> None:
-    found = headers(tars.file(b"a", b"x" * 64) + tars.file(b"b", b"x" * 65) + tars.file(b"c", b""))
+    found = headers(tars.file(b"a", b"x" * 64) + tars.file(b"b", b"x" * 65) + tars.file(b"c", b"") + tars.END)
     assert [header.is_external for header in found] == [False, True, False]
 
 
@@ -422,3 +422,12 @@ def test_ends() -> None:
     for lone in (bytes(512), bytes(512) + file):
         with pytest.raises(UnsupportedImage, match="lone block"):
             headers(file + lone)
+
+
+def test_without_an_end_marker_the_last_entry_needs_content() -> None:
+    """As composefs-rs, which cannot read an archive back that ends with an entry of no size."""
+    assert headers(tars.file(b"a", b"") + tars.file(b"b", b"x"))[-1].path == b"b"
+    assert headers(tars.file(b"a", b"") + tars.pax(kind=b"g"))[-1].path == b"a"
+    for last in (tars.file(b"b", b""), tars.directory(b"d")):
+        with pytest.raises(UnsupportedImage, match="without an end marker"):
+            headers(tars.file(b"a", b"x") + last)

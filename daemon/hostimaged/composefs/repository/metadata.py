@@ -45,7 +45,7 @@ class RepositoryMissing(PreconditionFailed):
 class OldRepository(NotSupported):
     """the repository at {path} was made by a composefs-rs before 0.7: it has objects but no meta.json"""
 
-    hint = "upgrade it with 'cfsctl fsck', or any other command of cfsctl 0.9"
+    hint = "upgrade it with 'python3 -m hostimaged.oci upgrade', or with any command of cfsctl 0.9"
 
 
 class IncompatibleRepository(NotSupported):

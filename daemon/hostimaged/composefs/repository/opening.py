@@ -50,7 +50,7 @@ def read_metadata(directory: int, path: Path) -> tuple[Metadata, VerityPolicy]:
     try:
         fd = os.open(meta.FILE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
     except FileNotFoundError:
-        if _has_objects(directory):
+        if has_objects(directory):
             raise meta.OldRepository(path=path) from None
         raise meta.RepositoryMissing(path=path) from None
     except OSError as error:
@@ -74,18 +74,23 @@ def write_metadata(path: Path, metadata: Metadata, verity: Verity) -> bool:
     """
     directory = open_directory(path)
     try:
-        if _exists(meta.FILE_NAME, directory):
+        if has_metadata(directory):
             return False
-        if _has_objects(directory):
+        if has_objects(directory):
             raise meta.OldRepository(path=path)
-        return _publish_metadata(directory, metadata, verity)
+        return publish_metadata(directory, metadata, verity)
     except OSError as error:
         raise from_os_error(error, f"cannot make a repository at {path}") from error
     finally:
         os.close(directory)
 
 
-def _publish_metadata(directory: int, metadata: Metadata, verity: Verity) -> bool:
+def publish_metadata(directory: int, metadata: Metadata, verity: Verity | None) -> bool:
+    """Write the file, durably; False if there is one by now. With ``verity`` None it gets no fs-verity,
+    wherever it is, and the repository is an insecure one.
+
+    Raises ``VerityUnavailable`` or ``OSError``.
+    """
     data = metadata.render()
     algorithm = metadata.algorithm
 
@@ -96,8 +101,9 @@ def _publish_metadata(directory: int, metadata: Metadata, verity: Verity) -> boo
     try:
         durable.write_all(new.fd, data)
         durable.sync_file(new.fd)
-        policy = VerityPolicy(algorithm, secure=verity is Verity.REQUIRE)
-        new = policy.protect(new, fsverity.digest(algorithm, data), make_file)
+        if verity is not None:
+            policy = VerityPolicy(algorithm, secure=verity is Verity.REQUIRE)
+            new = policy.protect(new, fsverity.digest(algorithm, data), make_file)
         try:
             new.publish(directory, meta.FILE_NAME)
         except FileExistsError:
@@ -108,7 +114,13 @@ def _publish_metadata(directory: int, metadata: Metadata, verity: Verity) -> boo
     return True
 
 
-def _has_objects(directory: int) -> bool:
+def has_metadata(directory: int) -> bool:
+    """Whether there is a meta.json in the directory open as ``directory``."""
+    return _exists(meta.FILE_NAME, directory)
+
+
+def has_objects(directory: int) -> bool:
+    """Whether there are objects in the directory open as ``directory``."""
     return _exists(OBJECTS, directory)
 
 

@@ -14,6 +14,7 @@ from hostimaged.composefs.repository.metadata import DEFAULT_FORMATS, Metadata, 
 from hostimaged.composefs.repository.names import NameTable, check_name, check_reference
 from hostimaged.composefs.repository.objects import DIRECTORY as OBJECTS
 from hostimaged.composefs.repository.objects import ObjectMissing, ObjectStore
+from hostimaged.composefs.repository.upgrade import add_metadata
 from hostimaged.composefs.splitstream import SplitStream, Writer
 from hostimaged.errors import (
     CorruptRepository,
@@ -215,6 +216,32 @@ class Repository:
             raise
 
     @classmethod
+    def upgrade(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        formats: FormatSet = DEFAULT_FORMATS,
+        verity: Verity | None = None,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        check: Callable[[], None] | None = None,
+    ) -> tuple[Self, bool]:
+        """Open the repository at ``path``, giving one of the old format, which ``open`` refuses, its
+        meta.json first; says whether it did.
+
+        It becomes secure if its objects have fs-verity. Where only some have, ``verity`` must be
+        ``OPPORTUNISTIC``; with ``REQUIRE`` all must. See ``repository.upgrade`` about crashes and errors.
+        """
+        path = Path(path)
+        fd = opening.open_directory(path)
+        try:
+            _lock(fd, path, exclusive=False, timeout=lock_timeout, check=check)
+            upgraded = add_metadata(fd, path, formats, verity)
+            return cls._opened(path, fd, insecure=False), upgraded
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
     def _opened(cls, path: Path, fd: int, *, insecure: bool) -> Self:
         metadata, policy = opening.read_metadata(fd, path)
         if insecure:
@@ -247,6 +274,10 @@ class Repository:
         _lock(self._fd, self.path, exclusive=exclusive, timeout=lock_timeout, check=check)
 
     # --- facts ---------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """The descriptor of its directory, for looking; it stays the repository's."""
+        return self._fd
 
     @property
     def algorithm(self) -> Algorithm:
