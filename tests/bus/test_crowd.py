@@ -61,6 +61,8 @@ def tracking(daemon: Daemon) -> Daemon:
 async def test_ten_thousand_calls_of_one_user(tracking: Daemon, bus: Bus, client: Client) -> None:
     """All are answered, some with an error of ours, and a second user is authorised meanwhile."""
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
+    await client.status()
     names: list[str] = []
     calls = 100
 
@@ -95,6 +97,8 @@ async def test_ten_thousand_calls_of_one_user(tracking: Daemon, bus: Bus, client
 async def test_many_hanging_dialogs(tracking: Daemon, bus: Bus, client: Client, tmp_path: Path) -> None:
     """One user fills their own places; reading, root and other users go on; all is given back."""
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
+    await client.status()
     before = tracking.descriptors()
     async with PolkitDouble.connect(bus.address, Answer.HANG) as polkit, AsyncExitStack() as stack:
         many = [await stack.enter_async_context(user(bus)) for _ in range(8)]
@@ -135,6 +139,8 @@ async def test_sixty_four_dialogs_of_sixteen_users(tracking: Daemon, bus: Bus, c
     if len(uids) < 17:
         pytest.skip("the machine knows too few users")
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
+    await client.status()
     async with PolkitDouble.connect(bus.address, Answer.HANG) as polkit, AsyncExitStack() as stack:
         users = [await stack.enter_async_context(user(bus, uid)) for uid in uids]
         asking = [
@@ -158,6 +164,7 @@ async def test_whatever_is_sent_memory_and_descriptors_come_back(
 ) -> None:
     """Descriptors in calls and in unicast signals, long arrays, deep variants, long and broken strings."""
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
     await client.status()
     owner = await _owner(client)
     with attackers(bus, 4) as crowd:
@@ -211,6 +218,8 @@ async def test_what_is_no_text_ends_the_senders_connection_only(
 ) -> None:
     """Invalid UTF-8 and nonsense for a message: the bus keeps it, whoever sent it goes, we do not notice."""
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
+    await client.status()
     for change in (
         lambda d: d.replace(b"oci:/marker", b"oci:/\xff\xfe\xff\xff\xff\xff"),
         lambda d: d[:40] + os.urandom(200),
@@ -231,6 +240,8 @@ async def test_what_is_no_text_ends_the_senders_connection_only(
 async def test_a_crowd_of_watchers_on_a_stopped_bus(tracking: Daemon, bus: Bus, client: Client) -> None:
     """The bus stands still while a job tells of itself thousands of times: nothing is lost that counts."""
     await tracking.start()
+    # While it starts, calls wait in a place that is small.
+    await client.status()
     steps: list[dict[str, Any]] = [{"totals": [1000_000, 0]}]
     for number in range(5000):
         steps += [{"message": f"message {number} " + "x" * 500}]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from hostimage_dbus.transport import BusClosed, BusError
 from hostimaged.bus.polkit import Caller
-from hostimaged.errors import AccessDenied
+from hostimaged.errors import AccessDenied, LimitsExceeded
 
 if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection
 
 #: Seconds the bus gets to say who a caller is.
 _LOOKUP_TIMEOUT: Final = 5.0
+#: Calls of one connection that may wait for this. The bus allows a user 256 connections: together they are
+#: far fewer than the object server has room for, so that they keep nobody out.
+WAITING_PER_NAME: Final = 8
 #: Unique names are never used twice, so what was learned of one stays true.
 _REMEMBERED: Final = 1024
 
@@ -30,10 +33,14 @@ class Callers:
         self._connection = connection
         self._tasks = tasks
         self._known: OrderedDict[str, Caller] = OrderedDict()
+        self._waiting: Counter[str] = Counter()
         self._asking: dict[str, asyncio.Task[Caller | None]] = {}
 
     async def identify(self, name: str) -> Caller:
-        """The caller with the unique name ``name``; raises ``AccessDenied`` if the bus does not know it."""
+        """The caller with the unique name ``name``.
+
+        Raises ``AccessDenied`` if the bus does not know it, ``LimitsExceeded`` if too many calls ask at once.
+        """
         if name in self._known:
             self._known.move_to_end(name)
             return self._known[name]
@@ -41,7 +48,15 @@ class Callers:
             # One question for all calls of a connection.
             self._asking[name] = self._tasks.create_task(self._ask(name))
             self._asking[name].add_done_callback(lambda _: self._asking.pop(name))
-        caller = await asyncio.shield(self._asking[name])
+        if self._waiting[name] >= WAITING_PER_NAME:
+            raise LimitsExceeded("too many calls at once on a new connection")
+        self._waiting[name] += 1
+        try:
+            caller = await asyncio.shield(self._asking[name])
+        finally:
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
         if caller is None:
             raise AccessDenied("the bus does not say who calls")
         return caller

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from hostimage_dbus.transport import BusClosed, BusError
-from hostimaged.bus.callers import Callers
+from hostimaged.bus.callers import WAITING_PER_NAME, Callers
 from hostimaged.bus.polkit import Caller
-from hostimaged.errors import AccessDenied
+from hostimaged.errors import AccessDenied, LimitsExceeded
 
 
 class FakeBus:
@@ -31,7 +31,7 @@ async def test_a_caller_is_asked_for_once() -> None:
     bus = FakeBus({":1.1": 7})
     async with asyncio.TaskGroup() as tasks:
         callers = Callers(bus, tasks)  # type: ignore[arg-type]
-        together = await asyncio.gather(*(callers.identify(":1.1") for _ in range(50)))
+        together = await asyncio.gather(*(callers.identify(":1.1") for _ in range(WAITING_PER_NAME)))
         assert set(together) == {Caller(":1.1", 7)}
         assert await callers.identify(":1.1") == Caller(":1.1", 7)
     assert bus.asked == [":1.1"]
@@ -60,6 +60,18 @@ async def test_one_call_that_is_given_up_does_not_hurt_the_others() -> None:
         first.cancel()
         assert (await second).uid == 7
         assert first.cancelled()
+
+
+async def test_a_burst_on_a_new_connection_is_cut() -> None:
+    bus = FakeBus({":1.1": 7, ":1.2": 8})
+    async with asyncio.TaskGroup() as tasks:
+        callers = Callers(bus, tasks)  # type: ignore[arg-type]
+        burst = [callers.identify(":1.1") for _ in range(WAITING_PER_NAME + 3)]
+        found = await asyncio.gather(callers.identify(":1.2"), *burst, return_exceptions=True)
+        assert sum(isinstance(one, LimitsExceeded) for one in found) == 3
+        assert found[0] == Caller(":1.2", 8)
+        assert await asyncio.gather(*(callers.identify(":1.1") for _ in range(100)))
+    assert not callers._waiting
 
 
 async def test_memory_of_callers_is_bounded() -> None:
