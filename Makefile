@@ -61,7 +61,7 @@ fuzz: $(STAMP)
 	@nice -n 19 $(BIN)/python tests/fuzz/run.py fuzz $(TARGET) --seconds $(or $(SECONDS),600)
 
 soak: $(STAMP)
-	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=soak HOSTIMAGE_SOAK=1 $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
 	@for kind in dumps directories layers; do \
 	    PYTHONPATH=tests/support $(BIN)/python tests/fuzz/differential.py $$kind --seed $$RANDOM || exit 1; done
 
