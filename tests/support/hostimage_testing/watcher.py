@@ -48,6 +48,8 @@ def watching(repository: Path) -> Iterator[Report]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         try:
             yield report
         finally:
@@ -128,6 +130,7 @@ class _Watcher:
 def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    print("ready", flush=True)
     watcher = _Watcher(Path(sys.argv[1]).resolve())
     while not stop.is_set():
         watcher.look()
