@@ -1,0 +1,1 @@
+"""Deployments: what is installed on a host, and every change of it."""
