@@ -116,6 +116,30 @@ class NoSuchDeployment(HostimageError):
     name = ErrorName.NO_SUCH_DEPLOYMENT
 
 
+class NoUpdate(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.NO_UPDATE
+
+
+class NothingStaged(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.NOTHING_STAGED
+
+
+class NoRollback(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.NO_ROLLBACK
+
+
+class AlreadyBooted(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.ALREADY_BOOTED
+
+
 class PreconditionFailed(HostimageError):
     """{detail}"""
 
@@ -198,6 +222,12 @@ class ReadOnly(HostimageError):
     """{detail}"""
 
     name = ErrorName.READ_ONLY
+
+
+class BootLoaderError(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.BOOT_LOADER
 
 
 class UnsupportedImage(HostimageError):

@@ -12,6 +12,8 @@ from typing import ClassVar, Final, Self
 from hostimaged.errors import InvalidArgs
 
 _SHA256: Final = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_SHA256_HEX: Final = re.compile(r"[0-9a-f]{64}\Z")
+_SHA512_HEX: Final = re.compile(r"[0-9a-f]{128}\Z")
 
 
 class ObjectId(bytes):
@@ -90,3 +92,49 @@ class SourceDigest(OciDigest):
     """Digest under which the source names a manifest; differs from ours where it was converted to OCI."""
 
     what: ClassVar[str] = "source digest"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DeploymentId:
+    """Identity of a deployment: the fs-verity sha512 of its boot image in 128 lower-case hex digits.
+
+    It names ``state/deploy/<id>``, ``images/<id>`` and the ``composefs=`` argument. Raises ``InvalidArgs``
+    for anything else.
+    """
+
+    value: str
+
+    def __post_init__(self) -> None:
+        if not _SHA512_HEX.match(self.value):
+            raise InvalidArgs(f"deployment {self.value!r} is not of the form <128 hex digits>")
+
+    @classmethod
+    def of_object(cls, object_id: ObjectId) -> Self:
+        """The deployment of a boot image."""
+        return cls(object_id.hex())
+
+    @property
+    def object_id(self) -> ObjectId:
+        """The object that holds the boot image."""
+        return ObjectId(bytes.fromhex(self.value))
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BootDigest:
+    """sha256 of the boot artifacts of a deployment, 64 lower-case hex digits.
+
+    Kernel followed by initrd, or the digest of a UKI (bootc, origin key ``boot.digest``, which has the bare
+    digits). Raises ``InvalidArgs`` for anything else.
+    """
+
+    hex: str
+
+    def __post_init__(self) -> None:
+        if not _SHA256_HEX.match(self.hex):
+            raise InvalidArgs(f"boot digest {self.hex!r} is not of the form <64 hex digits>")
+
+    def __str__(self) -> str:
+        return "sha256:" + self.hex
