@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from hostimaged.system import syscalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self, TypeAlias
 
@@ -124,6 +124,50 @@ def _with_temporary_name(prefix: str, make: Callable[[str], object]) -> str:
             continue
         return name
     raise FileExistsError(errno.EEXIST, "no free temporary name")
+
+
+def write_new_file(directory: int, name: str, pieces: Iterable[Buffer], mode: int = 0o644) -> None:
+    """Make the file ``name`` of ``pieces`` and sync it, but not its name; vfat, without modes, will do.
+
+    Raises ``FileExistsError`` if the name is taken; a file that could not be written whole is removed.
+    """
+    fd = os.open(
+        name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=directory
+    )
+    try:
+        for piece in pieces:
+            write_all(fd, piece)
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(name, dir_fd=directory)
+        raise
+    finally:
+        os.close(fd)
+
+
+def publish_name(directory: int, temporary: str, name: str, *, source: int | None = None) -> None:
+    """Rename ``temporary`` (in ``source``, else in ``directory``) to ``name``, which is free; durably.
+
+    Raises ``FileExistsError`` if ``name`` is taken.
+    """
+    source = directory if source is None else source
+    try:
+        syscalls.rename_noreplace(temporary, name, source_fd=source, target_fd=directory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A file system without RENAME_NOREPLACE; the lock of the caller keeps others away.
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, "the name is taken") from None
+        os.rename(temporary, name, src_dir_fd=source, dst_dir_fd=directory)
+    os.fsync(directory)
+
+
+def exchange_names(directory: int, one: str, other: str) -> None:
+    """Exchange what two names in ``directory`` lead to, in one step, durably when this returns."""
+    syscalls.rename_exchange(one, other, source_fd=directory, target_fd=directory)
+    os.fsync(directory)
 
 
 class NewFile:
