@@ -29,6 +29,9 @@ DIGEST_KEY: Final = "composefs.digest"
 _WHITE_SPACE: Final = " \t\n\f\r"
 _DIGEST: Final = re.compile(r"v[12]-(sha256|sha512)-12:(.*)\Z", re.DOTALL)
 _SHA512_HEX: Final = re.compile(r"[0-9A-Fa-f]{128}\Z")
+_QUOTED: Final = re.compile(r'"([^"]*)"')
+#: Special anywhere, special outside of quotes, and the beginning of a comment (GRUB manual, "Quoting").
+_GRUB_SPECIAL: Final = re.compile(r"[$\\;&|<>{}']|\A#")
 _GRAPHIC: Final = re.compile(r"[\x20-\x7e]+\Z")
 
 
@@ -199,11 +202,12 @@ def split(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def validate_arguments(arguments: Iterable[str]) -> tuple[Parameter, ...]:
+def validate_arguments(arguments: Iterable[str], *, grub: bool = False) -> tuple[Parameter, ...]:
     """Arguments from a caller, each one parameter; raises ``InvalidArgs`` naming the one that is not.
 
     Only printable ASCII is taken: the kernel separates parameters at other bytes than we do, and a line break
-    would add a line to a boot entry. The argument that names the deployment is ours.
+    would add a line to a boot entry. The argument that names the deployment is ours. ``grub`` refuses what
+    GRUB, which makes a line of its script of an entry, would not hand on as it is.
     """
     found: list[Parameter] = []
     total = 0
@@ -217,6 +221,8 @@ def validate_arguments(arguments: Iterable[str]) -> tuple[Parameter, ...]:
             raise InvalidArgs(f"kernel argument {argument[:200]!r} has a quote that is not closed")
         if list(split(argument)) != [argument]:
             raise InvalidArgs(f"{argument[:200]!r} is not one kernel argument: quote what has spaces")
+        if grub and _GRUB_SPECIAL.search(_QUOTED.sub(_dollars, argument)):
+            raise InvalidArgs(f"kernel argument {argument[:200]!r} has characters special to GRUB")
         parameter = Parameter(argument)
         if not parameter.key:
             raise InvalidArgs(f"kernel argument {argument[:200]!r} has no name")
@@ -224,3 +230,8 @@ def validate_arguments(arguments: Iterable[str]) -> tuple[Parameter, ...]:
             raise InvalidArgs(f"kernel argument {parameter.key} names the deployment and cannot be set")
         found.append(parameter)
     return tuple(found)
+
+
+def _dollars(quoted: re.Match[str]) -> str:
+    """What is special within double quotes too."""
+    return "".join(c for c in quoted[1] if c in "$\\")

@@ -1,7 +1,8 @@
 """Finding the EFI system partition of a running host, and where it is mounted.
 
-Nothing is mounted here. The block devices below the physical root are asked of ``lsblk``, which takes partition
-types from udev's database or else from the disk; parsing what it says and the table of mounts are plain functions.
+Nothing is mounted here. The block devices below the physical root are asked of ``lsblk``, which takes types of
+partitions from udev's database or else from the disk. Parsing its output and the table of mounts are plain
+functions.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def find_esp(mounts: list[Mount], physical_root: Path) -> EspDevice:
     if mount is None:
         raise BootLoaderError(f"nothing is mounted at {physical_root}")
     # btrfs has device numbers of its own making, so its source counts.
-    backing = mount.source if mount.source.startswith("/dev/") else "/dev/block/%d:%d" % mount.device
+    major, minor = mount.device
+    backing = mount.source if mount.source.startswith("/dev/") else f"/dev/block/{major}:{minor}"
     for disk in whole_disks(_lsblk("--inverse", backing)):
         found = esp_of(_lsblk(disk))
         if found is not None:

@@ -1,4 +1,4 @@
-"""Kernel arguments that an image brings along (``/usr/lib/bootc/kargs.d/*.toml``), and how updates apply them.
+"""Kernel arguments that an image brings along (``/usr/lib/bootc/kargs.d/*.toml``), and what updates change.
 
 Type 1 only: those of a unified kernel image are inside it.
 """
