@@ -212,6 +212,12 @@ class CorruptRepository(HostimageError):
     name = ErrorName.CORRUPT_REPOSITORY
 
 
+class DamagedState(HostimageError):
+    """{file}: {detail}"""
+
+    name = ErrorName.CORRUPT_REPOSITORY
+
+
 class NoSpace(HostimageError):
     """{detail}"""
 
