@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.boot import bls
 from hostimaged.errors import from_os_error
 from hostimaged.host import bootfs
 from hostimaged.host.bootfs import TEMPORARY, told
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
 
     from hostimaged.ids import DeploymentId
 
-#: What bootc's collector knows its own artifacts by.
-PREFIX: Final = "bootc_composefs-"
 KERNEL: Final = "vmlinuz"
 INITRD: Final = "initrd"
-UKI_SUFFIX: Final = ".efi"
-ADDONS_SUFFIX: Final = ".efi.extra.d"
 _PIECE: Final = 1 << 20
 
 
@@ -56,7 +53,7 @@ class KernelFiles:
 
     def path(self, name: str) -> Path:
         """Where the artifact ``name`` is, or would be."""
-        return self.directory / f"{PREFIX}{name}"
+        return self.directory / bls.kernel_directory(name)
 
     def found(self) -> list[Artifact]:
         """All prefixed artifacts, sorted by name."""
@@ -91,12 +88,12 @@ class KernelFiles:
             with bootfs.new_directory(directory, temporary) as inner:
                 durable.write_new_file(inner, KERNEL, kernel)
                 durable.write_new_file(inner, INITRD, initrd)
-            bootfs.put_in_place(self.directory, directory, temporary, f"{PREFIX}{id_}")
+            bootfs.put_in_place(self.directory, directory, temporary, bls.kernel_directory(id_))
 
     def remove(self, name: str) -> None:
         """Remove an artifact, durably: first its name, then its content. None is fine."""
         with told(f"cannot remove {self.path(name)}"):
-            bootfs.remove_name(self.directory, f"{PREFIX}{name}")
+            bootfs.remove_name(self.directory, bls.kernel_directory(name))
 
     def remove_temporary(self) -> None:
         """Remove what a crash left under temporary names."""
@@ -111,13 +108,13 @@ class UkiFiles:
 
     def path(self, name: str) -> Path:
         """Where the UKI ``name`` is, or would be."""
-        return self.directory / f"{PREFIX}{name}{UKI_SUFFIX}"
+        return self.directory / bls.uki_name(name)
 
     def found(self) -> list[Artifact]:
         """All prefixed UKIs, sorted by name."""
         return [
             Artifact(name, self.path(name))
-            for name in _stripped(self.directory, UKI_SUFFIX)
+            for name in _stripped(self.directory, bls.EFI_SUFFIX)
             if self.path(name).is_file()
         ]
 
@@ -130,10 +127,10 @@ class UkiFiles:
         """
         addons = list(addons)
         if addons:
-            self._write_addons(f"{PREFIX}{id_}{ADDONS_SUFFIX}", addons)
+            self._write_addons(bls.addons_name(id_), addons)
         with _writing(self.directory) as (directory, temporary):
             durable.write_new_file(directory, temporary, content)
-            bootfs.put_in_place(self.directory, directory, temporary, f"{PREFIX}{id_}{UKI_SUFFIX}")
+            bootfs.put_in_place(self.directory, directory, temporary, bls.uki_name(id_))
 
     def _write_addons(self, name: str, addons: list[tuple[str, Iterable[bytes]]]) -> None:
         with _writing(self.directory) as (directory, temporary):
@@ -145,8 +142,8 @@ class UkiFiles:
     def remove(self, name: str) -> None:
         """Remove a UKI and its addons, durably. None is fine."""
         with told(f"cannot remove {self.path(name)}"):
-            bootfs.remove_name(self.directory, f"{PREFIX}{name}{UKI_SUFFIX}")
-            bootfs.remove_name(self.directory, f"{PREFIX}{name}{ADDONS_SUFFIX}")
+            bootfs.remove_name(self.directory, bls.uki_name(name))
+            bootfs.remove_name(self.directory, bls.addons_name(name))
 
     def remove_temporary(self) -> None:
         """Remove what a crash left under temporary names."""
@@ -178,9 +175,9 @@ def _stripped(directory: Path, suffix: str) -> list[str]:
     except OSError as error:
         raise from_os_error(error, f"cannot read {directory}") from error
     return sorted(
-        name[len(PREFIX) : len(name) - len(suffix)]
+        name[len(bls.ARTIFACT_PREFIX) : len(name) - len(suffix)]
         for name in names
-        if name.startswith(PREFIX) and name.endswith(suffix)
+        if name.startswith(bls.ARTIFACT_PREFIX) and name.endswith(suffix)
     )
 
 

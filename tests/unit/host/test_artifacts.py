@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hostimaged.boot.bls import ARTIFACT_PREFIX as PREFIX
 from hostimaged.errors import NoSpace
-from hostimaged.host.artifacts import PREFIX, Artifact, KernelFiles, UkiFiles, boot_digest
+from hostimaged.host.artifacts import Artifact, KernelFiles, UkiFiles, boot_digest
 from hostimaged.host.bootfs import TEMPORARY
 from hostimaged.ids import DeploymentId
 
