@@ -73,6 +73,9 @@ class BootSetStore(Protocol):
     def write_staged(self, files: RawSet) -> None:
         """Make ``files`` the staged set, durably; one that is there is replaced, with no set in between."""
 
+    def replace_live(self, files: RawSet) -> None:
+        """Make ``files`` the live set in one step, durably; the staged set stays."""
+
     def remove_staged(self) -> None:
         """Remove the staged set, durably; none is fine."""
 
@@ -117,13 +120,20 @@ class BlsSets:
 
     def write_staged(self, files: RawSet) -> None:
         """See ``BootSetStore``."""
+        self._write(files, self.STAGED)
+
+    def replace_live(self, files: RawSet) -> None:
+        """See ``BootSetStore``."""
+        self._write(files, self.LIVE)
+
+    def _write(self, files: RawSet, name: str) -> None:
         with told(f"cannot write boot entries in {self._loader}"), bootfs.directory(self._loader) as loader:
             temporary = durable.temporary_name(TEMPORARY)
             try:
                 with bootfs.new_directory(loader, temporary) as entries:
-                    for name, content in files.files:
-                        durable.write_new_file(entries, name, (content,))
-                bootfs.put_in_place(self._loader, loader, temporary, self.STAGED)
+                    for file_name, content in files.files:
+                        durable.write_new_file(entries, file_name, (content,))
+                bootfs.put_in_place(self._loader, loader, temporary, name)
             except BaseException:
                 with contextlib.suppress(OSError):
                     bootfs.remove_tree(self._loader / temporary)
@@ -176,12 +186,19 @@ class GrubSets:
 
     def write_staged(self, files: RawSet) -> None:
         """See ``BootSetStore``."""
+        self._write(files, self.STAGED)
+
+    def replace_live(self, files: RawSet) -> None:
+        """See ``BootSetStore``."""
+        self._write(files, self.LIVE)
+
+    def _write(self, files: RawSet, name: str) -> None:
         ((_, content),) = files.files
-        with told(f"cannot write {self._grub / self.STAGED}"), bootfs.directory(self._grub) as grub:
+        with told(f"cannot write {self._grub / name}"), bootfs.directory(self._grub) as grub:
             temporary = durable.temporary_name(TEMPORARY)
             try:
                 durable.write_new_file(grub, temporary, (content,))
-                bootfs.put_in_place(self._grub, grub, temporary, self.STAGED)
+                bootfs.put_in_place(self._grub, grub, temporary, name)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=grub)

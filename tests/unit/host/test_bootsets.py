@@ -66,6 +66,15 @@ def test_a_staged_set_is_replaced(store: BootSetStore, tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1
 
 
+def test_the_live_set_is_replaced_beside_a_staged_one(store: BootSetStore, tmp_path: Path) -> None:
+    store.replace_live(_set(store, ONE))
+    store.write_staged(_set(store, TWO))
+    store.replace_live(_set(store, {"d.conf": b"title d\n"}))
+    assert store.live() == _set(store, {"d.conf": b"title d\n"})
+    assert store.staged() == _set(store, TWO)
+    assert len(os.listdir(tmp_path)) == 2
+
+
 def test_what_a_crash_left_goes(store: BootSetStore, tmp_path: Path) -> None:
     (tmp_path / f"{TEMPORARY}x").mkdir()
     (tmp_path / f"{TEMPORARY}x" / "half.conf").write_bytes(b"")
