@@ -1,6 +1,6 @@
 """Files of an image, read the same way from its tree in a repository and from a directory on disk.
 
-Paths are absolute within the image and symbolic links are followed within it: nothing outside is ever reached.
+Paths are absolute within the image and symbolic links are followed within it: nothing outside is reached.
 """
 
 from __future__ import annotations
