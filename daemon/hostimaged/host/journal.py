@@ -5,8 +5,7 @@ One file, ``state/hostimaged/transaction.json``: the job lock lets only one tran
 comes after a crash can tell "before", "after" and "another tool has acted" apart without remembering steps::
 
     {"version": 1, "operation": "stage", "target": "<deployment id>", "boot_id": "…", "time": 1767225600,
-     "state_dir": true, "artifact": "<deployment id>", "before": "<digest>", "after": "<digest>",
-     "discard": ["<deployment id>"]}
+     "state_dir": true, "before": "<digest>", "after": "<digest>", "discard": ["<deployment id>"]}
 """
 
 from __future__ import annotations
@@ -51,11 +50,9 @@ class Operation(StrEnum):
 class Transaction:
     """What an operation was about to do.
 
-    ``target`` is the deployment it is about; None if it is about their order. ``state_dir`` says that the
-    state directory of the target is made by it, ``artifact`` names the directory or UKI on the boot file
-    system that it makes. ``before`` and ``after`` are digests of the live entries (for ``stage`` of the
-    staged ones: ``before`` is "" if there are none to be). ``discard`` are deployments whose state
-    directories go once it is committed. ``time`` is in seconds since the epoch.
+    ``target`` is the deployment it is about; ``state_dir`` says that its state directory is made by it.
+    ``before`` and ``after`` are digests of the live entries, for ``stage`` of the staged ones. ``discard``
+    are deployments whose state directories go once it is committed. ``time`` is in seconds since the epoch.
     """
 
     operation: Operation
@@ -65,7 +62,6 @@ class Transaction:
     after: str
     target: DeploymentId | None = None
     state_dir: bool = False
-    artifact: str = ""
     discard: tuple[DeploymentId, ...] = ()
 
     def serialise(self) -> bytes:
@@ -77,7 +73,6 @@ class Transaction:
             "boot_id": self.boot_id,
             "time": self.time,
             "state_dir": self.state_dir,
-            "artifact": self.artifact,
             "before": self.before,
             "after": self.after,
             "discard": [str(id_) for id_ in self.discard],
@@ -119,9 +114,6 @@ def _transaction(document: dict[str, Any]) -> Transaction:
     target, state_dir, discard = document["target"], document["state_dir"], document["discard"]
     if not isinstance(state_dir, bool) or not isinstance(discard, list) or len(discard) > _MAX_DISCARDED:
         raise ValueError
-    artifact = _text(document["artifact"])
-    if "/" in artifact or artifact in {".", ".."}:
-        raise ValueError
     return Transaction(
         operation=Operation(document["operation"]),
         boot_id=_text(document["boot_id"]),
@@ -130,7 +122,6 @@ def _transaction(document: dict[str, Any]) -> Transaction:
         after=_text(document["after"]),
         target=None if target is None else DeploymentId(_text(target)),
         state_dir=state_dir,
-        artifact=artifact,
         discard=tuple(DeploymentId(_text(id_)) for id_ in discard),
     )
 

@@ -25,7 +25,6 @@ _transactions = st.builds(
     after=st.sampled_from(["", "1" * 64]),
     target=st.sampled_from([None, ID]),
     state_dir=st.booleans(),
-    artifact=st.sampled_from(["", str(ID)]),
     discard=st.sampled_from([(), (OTHER,), (ID, OTHER)]),
 )
 
@@ -53,8 +52,6 @@ def test_the_file_is_private_and_is_gone_at_the_end(tmp_path: Path) -> None:
         {"version": 2},
         {"operation": "explode"},
         {"target": "../../etc"},
-        {"artifact": "../x"},
-        {"artifact": ".."},
         {"time": -1},
         {"time": True},
         {"state_dir": 1},

@@ -1,0 +1,99 @@
+"""Taking away what belongs to deployments that are no more, and nothing else.
+
+Everything here is done under the exclusive lock, reads the host again before it removes, and may be repeated.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hostimaged.host import statedirs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hostimaged.host.model import HostState
+    from hostimaged.host.session import Session
+    from hostimaged.ids import DeploymentId
+
+
+def is_referenced(state: HostState, id_: DeploymentId) -> bool:
+    """Whether anything says that a deployment is to stay: an entry, the running host, the marker, a pin.
+
+    What cannot be read says so too.
+    """
+    row = state.find(id_)
+    return (
+        bool(state.sets.unreadable)
+        or (state.booted is not None and id_ in (state.booted.id, state.booted.cmdline_id))
+        or (state.marker is not None and state.marker.depl_id == id_)
+        or any(entry.id == id_ for entry in state.sets.entries)
+        or (row is not None and row.pinned)
+    )
+
+
+def discard(session: Session, ids: Iterable[DeploymentId]) -> list[DeploymentId]:
+    """Remove the state directories of those deployments that nothing refers to; says which.
+
+    Then kernels and UKIs that no entry starts. Points ``discard.state`` and ``discard.artifact``.
+    """
+    discarded = []
+    state = session.state()
+    for id_ in dict.fromkeys(ids):
+        if not is_referenced(state, id_) and statedirs.remove(session.paths, session.work, id_):
+            discarded.append(id_)
+        session.reporter.at("discard.state")
+    sweep_artifacts(session, state)
+    return discarded
+
+
+def sweep_artifacts(session: Session, state: HostState) -> None:
+    """Remove kernels and UKIs that no entry, live or staged, starts: whoever left them, nothing uses them.
+
+    Nothing is removed where the entries are in doubt: unreadable, or without the running deployment.
+    """
+    if state.sets.unreadable or not state.sets.entries or state.dirs.boot is None:
+        return
+    used = {entry.artifact for entry in state.sets.entries}
+    if state.booted is not None:
+        if not any(entry.id == state.booted.id for entry in state.sets.entries):
+            return
+        used |= {str(state.booted.id), str(state.booted.cmdline_id)}
+    kernels = session.kernels(state)
+    for found in kernels.found():
+        if found.name not in used:
+            kernels.remove(found.name)
+            session.reporter.at("discard.artifact")
+    if state.dirs.ukis is not None:
+        ukis = session.ukis(state)
+        for found in ukis.found():
+            if found.name not in used:
+                ukis.remove(found.name)
+                session.reporter.at("discard.artifact")
+
+
+def remove_temporary(session: Session, state: HostState) -> None:
+    """Remove what a crash left on the boot file system under temporary names."""
+    if state.dirs.loader_dir is None:
+        return
+    session.store(state).remove_temporary()
+    if state.dirs.kernels is not None:
+        session.kernels(state).remove_temporary()
+    if state.dirs.ukis is not None:
+        session.ukis(state).remove_temporary()
+
+
+def unstage(session: Session, state: HostState) -> list[DeploymentId]:
+    """Take back what is staged, the marker first: from then on nothing is; says which state went.
+
+    Points ``unstage.marker`` and ``unstage.entries``. Nothing staged is fine.
+    """
+    staged = set() if state.sets.staged is None else set(state.sets.staged.ids)
+    if state.marker is not None:
+        staged.add(state.marker.depl_id)
+        session.remove_marker()
+    session.reporter.at("unstage.marker")
+    if state.sets.staged is not None:
+        session.store(state).remove_staged()
+    session.reporter.at("unstage.entries")
+    return discard(session, sorted(staged))

@@ -1,0 +1,106 @@
+"""What an interrupted operation left, finished or taken back: before the next one, and as a job of its own.
+
+The journal says what was planned and what the facts were. The facts now decide: those of after the commit
+point, then what remained is done; those of before it, then what was made goes; neither, then another tool has
+acted meanwhile, and only what is proved to be ours and serves nobody goes. Everything here may be interrupted
+and repeated. Called under the exclusive lock of the repository.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hostimaged.errors import BootLoaderError
+from hostimaged.host import cleanup, journal
+from hostimaged.host.bootsets import digest
+from hostimaged.host.journal import Operation
+from hostimaged.host.marker import Marker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hostimaged.host.bootsets import RawSet
+    from hostimaged.host.entries import EntrySet
+    from hostimaged.host.journal import Transaction
+    from hostimaged.host.model import HostState
+    from hostimaged.host.session import Session
+    from hostimaged.ids import DeploymentId
+    from hostimaged.system.paths import HostPaths
+
+
+def journal_path(paths: HostPaths) -> Path:
+    """Where the journal is."""
+    return paths.state / "transaction.json"
+
+
+def recover(session: Session, state: HostState) -> list[DeploymentId]:
+    """Finish or take back what was interrupted; says of which deployments the state was removed.
+
+    Removes temporary names, kernels that nothing starts, and a staged set without a marker: after a power cut
+    nothing is staged any more.
+    Raises ``BootLoaderError`` if the boot entries cannot be read, when nothing is known and nothing done, and
+    ``JournalError`` for a journal that is damaged.
+    """
+    if state.sets.unreadable:
+        raise BootLoaderError(f"the boot entries cannot be read: {state.sets.unreadable}")
+    transaction = journal.read(journal_path(session.paths))
+    cleanup.remove_temporary(session, state)
+    removed: list[DeploymentId] = []
+    if transaction is not None:
+        removed += _finish(session, state, transaction)
+        session.reporter.at("recover.finished")
+        journal.remove(journal_path(session.paths))
+        state = session.state()
+    if state.marker is None and state.sets.staged is not None:
+        removed += cleanup.unstage(session, state)
+        state = session.state()
+    cleanup.sweep_artifacts(session, state)
+    session.reporter.at("recover.done")
+    return removed
+
+
+def _finish(session: Session, state: HostState, transaction: Transaction) -> list[DeploymentId]:
+    live, staged = digest(_raw(state.sets.live)), digest(_raw(state.sets.staged))
+    match transaction.operation:
+        case Operation.STAGE:
+            committed = state.marker is not None and state.marker.depl_id == transaction.target
+            if committed and staged == transaction.after:
+                return []
+            if not committed and transaction.after and staged == transaction.after:
+                session.store(state).remove_staged()
+            return _undo(session, transaction)
+        case Operation.FINALIZE:
+            return _finish_finalize(session, state, transaction, live, staged)
+        case Operation.ACTIVATE | Operation.DEPLOY:
+            if live == transaction.after:
+                return cleanup.discard(session, transaction.discard)
+            return _undo(session, transaction)
+
+
+def _undo(session: Session, transaction: Transaction) -> list[DeploymentId]:
+    """Take away what the transaction made, where nothing refers to it."""
+    if transaction.target is None or not transaction.state_dir:
+        return []
+    return cleanup.discard(session, [transaction.target])
+
+
+def _finish_finalize(
+    session: Session, state: HostState, transaction: Transaction, live: str, staged: str
+) -> list[DeploymentId]:
+    ours = state.marker is not None and state.marker.depl_id == transaction.target
+    if live == transaction.after:
+        # The exchange is done: the old set must not be taken for a staged one, and exchanged again.
+        if ours:
+            session.remove_marker()
+        session.reporter.at("recover.marker")
+        if staged and staged == transaction.before:
+            session.store(state).remove_staged()
+        return []
+    if live == transaction.before and ours and transaction.target is not None:
+        # The marker was locked for the exchange, which did not come.
+        session.write_marker(Marker(transaction.target, finalization_locked=False))
+    return []
+
+
+def _raw(entries: EntrySet | None) -> RawSet | None:
+    return None if entries is None else entries.raw

@@ -1,0 +1,163 @@
+"""One operation on a host: its places, its repository and lock, and the state it works from.
+
+Content is added under the repository's shared lock; entries, state directories and the marker are written
+under the exclusive one, the only lock that bootc honours. The shared lock is dropped before the exclusive one
+is asked for, so everything is read again then (architecture.md, rule 7).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.composefs.repository import Repository, RepositoryMissing
+from hostimaged.errors import BootLoaderError, HostimageError
+from hostimaged.host import marker
+from hostimaged.host.artifacts import KernelFiles, UkiFiles
+from hostimaged.host.booted import read_booted
+from hostimaged.host.bootfs import told
+from hostimaged.host.bootsets import BlsSets, GrubSets
+from hostimaged.host.entries import set_store
+from hostimaged.host.model import BootType
+from hostimaged.host.read import read_host
+from hostimaged.system import durable
+from hostimaged.system.workdir import private_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hostimaged.host.bootsets import BootSetStore
+    from hostimaged.host.marker import Marker
+    from hostimaged.host.model import HostState
+    from hostimaged.progress import Reporter
+    from hostimaged.system.paths import HostPaths
+
+DEFAULT_LOCK_TIMEOUT: Final = 60.0
+#: A boot id has 36 characters.
+_BOOT_ID: Final = 64
+
+
+@dataclass(slots=True)
+class Session:
+    """An operation under way; made by ``open_session``.
+
+    ``work`` is a private directory on the file system of the physical root, gone at the end.
+    """
+
+    paths: HostPaths
+    repository: Repository
+    reporter: Reporter
+    work: Path
+    lock_timeout: float
+
+    def state(self) -> HostState:
+        """What is on the host now."""
+        return read_host(self.paths, self.repository)
+
+    def exclusive(self) -> HostState:
+        """Exchange the shared lock for the exclusive one and read the host again.
+
+        Raises ``LockTimeout``; then the operation is over, no lock is held.
+        """
+        self.repository.relock(
+            exclusive=True,
+            lock_timeout=self.lock_timeout,
+            check=lambda: self.reporter.at("host.locking"),
+        )
+        return self.state()
+
+    def store(self, state: HostState, boot_type: BootType | None = None) -> BootSetStore:
+        """Where the sets of entries are; ``boot_type`` decides where there are none yet.
+
+        Raises ``BootLoaderError`` if nobody mounted the file system they are on.
+        """
+        grub = state.dirs.grub_dir
+        empty = state.sets.live is None and state.sets.staged is None
+        if empty and boot_type is BootType.UKI and grub is not None:
+            return GrubSets(grub)
+        if empty and boot_type is BootType.BLS and state.dirs.loader_dir is not None:
+            return BlsSets(state.dirs.loader_dir)
+        found = set_store(state.dirs)
+        if found is None:
+            raise BootLoaderError("the file system with the boot entries is not mounted")
+        return found
+
+    def kernels(self, state: HostState) -> KernelFiles:
+        """Where kernels are; raises ``BootLoaderError`` as ``store`` does."""
+        if state.dirs.kernels is None:
+            raise BootLoaderError("the file system with the kernels is not mounted")
+        return KernelFiles(state.dirs.kernels)
+
+    def ukis(self, state: HostState) -> UkiFiles:
+        """Where UKIs are; raises ``BootLoaderError`` as ``store`` does."""
+        if state.dirs.ukis is None:
+            raise BootLoaderError("the EFI system partition is not mounted")
+        return UkiFiles(state.dirs.ukis)
+
+    def write_marker(self, content: Marker) -> None:
+        """Say that a deployment is staged. Raises ``NoSpace``, ``ReadOnly`` or ``StorageError``."""
+        directory = self.paths.marker_dir
+        if directory is None:
+            raise BootLoaderError("nothing can be staged on a host that does not run")
+        with told("cannot mark the deployment as staged"):
+            directory.mkdir(0o755, parents=True, exist_ok=True)
+            durable.replace_file(directory / marker.NAME, content.serialise())
+
+    def remove_marker(self) -> None:
+        """Say that nothing is staged; nothing was is fine."""
+        directory = self.paths.marker_dir
+        if directory is None:
+            return
+        with told("cannot remove the mark of the staged deployment"):
+            (directory / marker.NAME).unlink(missing_ok=True)
+
+    @property
+    def boot_id(self) -> str:
+        """The kernel's id of this boot, "" where there is none."""
+        if self.paths.boot_id is None:
+            return ""
+        try:
+            with self.paths.boot_id.open("rb") as file:
+                return file.read(_BOOT_ID).decode("ascii", "replace").strip()
+        except OSError:
+            return ""
+
+    @staticmethod
+    def now() -> int:
+        """Seconds since the epoch."""
+        return max(int(time.time()), 0)
+
+
+@contextmanager
+def open_session(
+    paths: HostPaths, reporter: Reporter, *, lock_timeout: float = DEFAULT_LOCK_TIMEOUT
+) -> Iterator[Session]:
+    """Begin an operation, for which the caller holds the job lock, under the repository's shared lock.
+
+    On a host that boots without fs-verity (``composefs=?``) the repository may lack it too. Raises
+    ``RepositoryMissing`` before the first pull, and as ``Repository.open`` and ``private_directory`` do.
+    """
+    repository = Repository.open(
+        paths.repository,
+        lock_timeout=lock_timeout,
+        insecure=_optional_verity(paths),
+        check=lambda: reporter.at("host.locking"),
+    )
+    with repository:
+        repository.check_writable()
+        with private_directory(paths.temporary, "host-") as work:
+            yield Session(paths, repository, reporter, work, lock_timeout)
+
+
+def _optional_verity(paths: HostPaths) -> bool:
+    try:
+        booted = read_booted(paths)
+    except HostimageError:
+        return False
+    return booted is not None and booted.optional
+
+
+__all__ = ["DEFAULT_LOCK_TIMEOUT", "RepositoryMissing", "Session", "open_session"]
