@@ -64,9 +64,11 @@ class BootDirs:
         parts = [part for part in entry_path.split("/") if part not in ("", ".")]
         if not parts or ".." in parts or self.boot is None:
             return None
-        if self.loader is Bootloader.GRUB and parts[0] == "boot" and self.prefix:
-            parts = parts[1:]
-        return self.boot.joinpath(*parts)
+        path = self.boot.joinpath(*parts)
+        if self.loader is Bootloader.GRUB and parts[0] == "boot" and not path.exists():
+            # /boot lies on the root file system, in which the path begins with it.
+            path = self.boot.joinpath(*parts[1:])
+        return path
 
     def uki_file(self, entry_path: str) -> Path | None:
         """The UKI that a boot entry calls ``entry_path``: it is always on the ESP."""

@@ -31,8 +31,8 @@ class HostPaths:
     """The places of one host; made by ``live``, ``scratch`` or ``target``.
 
     ``physical_root`` holds the repository and all state; ``marker_dir`` the staged marker; ``run_dir`` our
-    own volatile state. Facts about the running system (``cmdline``, ``mountinfo``, ``boot_id``, ``efivars``)
-    are None where there is no running system to ask.
+    own volatile state. Facts about the running system (``cmdline``, ``mountinfo``, ``boot_id``, ``efivars``,
+    ``selinux_enforce``, which exists if SELinux is on) are None where there is no running system to ask.
     """
 
     physical_root: Path
@@ -48,6 +48,7 @@ class HostPaths:
     efivars: Path | None
     containers: ContainersConfig
     scratch_root: Path | None = None
+    selinux_enforce: Path | None = None
 
     @classmethod
     def live(cls) -> Self:
@@ -108,6 +109,7 @@ class HostPaths:
             efivars=root / "sys/firmware/efi/efivars",
             containers=containers,
             scratch_root=scratch_root,
+            selinux_enforce=root / "sys/fs/selinux/enforce",
         )
 
     @property

@@ -91,6 +91,12 @@ class Image:
         with no_gc():
             return Restorer(self._raw, self._names).restore()
 
+    def lazy_tree(self) -> Directory:
+        """The tree, of which each part is read when it is looked at: see ``lazy``. Later reads may raise."""
+        from hostimaged.composefs.erofs.lazy import LazyTree
+
+        return LazyTree(self._raw, self._names).root()
+
     def _checked_inodes(self) -> Iterator[tuple[Inode, list[Xattr]]]:
         """Every inode with its xattrs, once, each checked."""
         epoch1 = self._raw.format is not Format.V2

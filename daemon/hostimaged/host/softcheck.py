@@ -1,0 +1,159 @@
+"""Whether a deployment can be reached by a soft reboot from the one that runs, and if not, why.
+
+Facts: boot-entries.md 12 (bootc 1.16): the same kernel, the same arguments, the same SELinux policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.boot.cmdline import Cmdline
+from hostimaged.boot.files import DirectoryFiles, TreeFiles
+from hostimaged.boot.pe import read_cmdline
+from hostimaged.composefs.erofs import Image
+from hostimaged.errors import BootLoaderError, HostimageError, NotSupported
+from hostimaged.host.model import Deployment, Role, SoftReboot
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hostimaged.boot.files import ImageFiles
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.composefs.tree import Directory
+    from hostimaged.host.bootdirs import BootDirs
+    from hostimaged.host.entries import SetEntry
+    from hostimaged.ids import DeploymentId
+    from hostimaged.system.paths import HostPaths
+
+_CONFIG: Final = "selinux/config"
+_MAX_CONFIG: Final = 64 << 10
+_POLICY: Final = b"policy."
+#: In ``usr``: systemd has soft reboots since 254.
+_TARGET: Final = "lib/systemd/system/soft-reboot.target"
+
+
+class SoftRebootCheck:
+    """Compares deployments with the booted one, whose facts are read once."""
+
+    def __init__(
+        self, paths: HostPaths, repository: Repository | None, dirs: BootDirs, booted: Deployment | None
+    ) -> None:
+        self._paths = paths
+        self._repository = repository
+        self._dirs = dirs
+        self._booted = booted
+        self._policy: str | None = None
+
+    def check(self, target: Deployment) -> SoftReboot:
+        """Whether ``target`` can be reached; what cannot be read makes it not so. Never raises."""
+        try:
+            reason = self._obstacle(target)
+        except HostimageError as error:
+            reason = error.message
+        return SoftReboot(not reason, reason)
+
+    def _obstacle(self, target: Deployment) -> str:
+        booted = self._booted
+        if booted is None:
+            return "no deployment runs"
+        if target.role is Role.BOOTED:
+            return "it runs already"
+        if target.boot_digest is None or booted.boot_digest is None:
+            return "it is not known whether it has the same kernel"
+        if target.boot_digest != booted.boot_digest:
+            return "it has another kernel or initrd"
+        if not self._cmdline(booted).same_parameters(self._cmdline(target)):
+            return "its kernel arguments are others"
+        if not target.bootable:
+            return "it is not complete"
+        return self._selinux(target)
+
+    def _cmdline(self, row: Deployment) -> Cmdline:
+        """The arguments of an entry; raises ``BootLoaderError`` if there is none."""
+        entry = row.entry
+        if entry is None:
+            raise BootLoaderError("it has no boot entry")
+        return Cmdline.parse(self._uki_cmdline(entry) if entry.is_uki else entry.options)
+
+    def _uki_cmdline(self, entry: SetEntry) -> str:
+        path = self._dirs.uki_file(entry.files[0])
+        if path is None:
+            raise BootLoaderError("its UKI cannot be looked at")
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise BootLoaderError(f"its UKI cannot be read: {error.strerror}") from error
+        try:
+            return read_cmdline(fd, path.name)
+        finally:
+            os.close(fd)
+
+    def _selinux(self, target: Deployment) -> str:
+        if self._paths.selinux_enforce is None or not self._paths.selinux_enforce.exists():
+            return ""
+        if self._repository is None:
+            return "its SELinux policy cannot be read"
+        if self._policy is None:
+            self._policy = policy_digest(DirectoryFiles(self._paths.etc), "")
+        image = TreeFiles(open_image_tree(self._repository, target.id), self._repository)
+        same = policy_digest(image, "etc/") == self._policy
+        return "" if same else "its SELinux policy is another"
+
+
+def require_systemd(usr: Path) -> None:
+    """Raises ``NotSupported`` if systemd of the running host knows no soft reboots."""
+    if not (usr / _TARGET).exists():
+        raise NotSupported("this host's systemd has no soft reboot: it needs version 254")
+
+
+def open_image_tree(repository: Repository, id_: DeploymentId) -> Directory:
+    """The tree of a deployment's boot image for looking up single files (``Image.lazy_tree``).
+
+    Raises as ``Repository.open_image`` does, and ``ErofsError``.
+    """
+    fd = repository.open_image(id_.value)
+    try:
+        data = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        raise BootLoaderError(f"image {id_} cannot be read") from None
+    finally:
+        os.close(fd)
+    return Image(memoryview(data), repository.algorithm, name=f"image {id_}").lazy_tree()
+
+
+def policy_digest(files: ImageFiles, etc: str) -> str:
+    """sha256 of the newest binary policy of the type that the configuration names, "" without one.
+
+    ``etc`` is what the paths of ``files`` have before ``selinux/``. Raises ``UnsupportedImage`` or
+    ``StorageError``.
+    """
+    config = files.read(f"{etc}{_CONFIG}", _MAX_CONFIG)
+    kind = None if config is None else _policy_type(config)
+    if kind is None:
+        return ""
+    directory = f"{etc}selinux/{kind}/policy"
+    versions = {
+        int(name.removeprefix(_POLICY)): name
+        for name in files.names(directory)
+        if name.startswith(_POLICY) and name.removeprefix(_POLICY).isdigit() and len(name) < 20
+    }
+    if not versions:
+        return ""
+    fd = files.open(f"{directory}/{os.fsdecode(versions[max(versions)])}")
+    if fd is None:
+        return ""
+    with os.fdopen(fd, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _policy_type(config: bytes) -> str | None:
+    """SELINUXTYPE, None if it is missing or no plain name."""
+    found = None
+    for line in config.decode("utf-8", "replace").split("\n"):
+        key, equals, value = line.partition("=")
+        if equals and key.strip().upper() == "SELINUXTYPE":
+            found = value.strip()
+    return found if found and "/" not in found and found not in (".", "..") else None
