@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostimaged.errors import BootLoaderError
-from hostimaged.host import cleanup, journal
+from hostimaged.host import cleanup, etcmerge, journal, statedirs
+from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation
 from hostimaged.host.marker import Marker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hostimaged.host.bootsets import RawSet
@@ -95,11 +97,23 @@ def _finish_finalize(
         session.reporter.at("recover.marker")
         if staged and staged == transaction.before:
             session.store(state).remove_staged()
-        return []
-    if live == transaction.before and ours and transaction.target is not None:
-        # The marker was locked for the exchange, which did not come.
-        session.write_marker(Marker(transaction.target, finalization_locked=False))
+        _clean_etc(session, transaction.target, etcmerge.discard)
+    elif live == transaction.before:
+        if ours and transaction.target is not None:
+            # The marker was locked for the exchange, which did not come.
+            session.write_marker(Marker(transaction.target, finalization_locked=False))
+        _clean_etc(session, transaction.target, etcmerge.undo)
     return []
+
+
+def _clean_etc(session: Session, target: DeploymentId | None, clean: Callable[[int], None]) -> None:
+    """Let a merge of ``/etc`` be done, or undone, if the deployment is still there."""
+    if target is None:
+        return
+    path = statedirs.state_directory(session.paths, target)
+    if path.is_dir():
+        with told(f"cannot clean up {path}"), directory(path) as fd:
+            clean(fd)
 
 
 def _raw(entries: EntrySet | None) -> RawSet | None:

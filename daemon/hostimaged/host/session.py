@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.composefs.repository import Repository, RepositoryMissing
+from hostimaged.composefs.repository import Repository
 from hostimaged.errors import BootLoaderError, HostimageError
 from hostimaged.host import marker
 from hostimaged.host.artifacts import KernelFiles, UkiFiles
+from hostimaged.host.bootdirs import mount_table
 from hostimaged.host.booted import read_booted
 from hostimaged.host.bootfs import told
 from hostimaged.host.bootsets import BlsSets, GrubSets
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hostimaged.boot.loader import Bootloader
     from hostimaged.host.bootsets import BootSetStore
     from hostimaged.host.marker import Marker
     from hostimaged.host.model import HostState
@@ -44,7 +46,9 @@ _BOOT_ID: Final = 64
 class Session:
     """An operation under way; made by ``open_session``.
 
-    ``work`` is a private directory on the file system of the physical root, gone at the end.
+    ``work`` is a private directory on the file system of the physical root, gone at the end. ``esp`` is where
+    the caller mounted the ESP, if it is not mounted for all; ``bootloader`` is given where nobody can be
+    asked, as in an offline install.
     """
 
     paths: HostPaths
@@ -52,10 +56,12 @@ class Session:
     reporter: Reporter
     work: Path
     lock_timeout: float
+    esp: Path | None = None
+    bootloader: Bootloader | None = None
 
     def state(self) -> HostState:
         """What is on the host now."""
-        return read_host(self.paths, self.repository)
+        return read_host(self.paths, self.repository, esp=self.esp, bootloader=self.bootloader)
 
     def exclusive(self) -> HostState:
         """Exchange the shared lock for the exclusive one and read the host again.
@@ -133,7 +139,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    paths: HostPaths, reporter: Reporter, *, lock_timeout: float = DEFAULT_LOCK_TIMEOUT
+    paths: HostPaths,
+    reporter: Reporter,
+    *,
+    lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+    esp: Path | None = None,
+    bootloader: Bootloader | None = None,
 ) -> Iterator[Session]:
     """Begin an operation, for which the caller holds the job lock, under the repository's shared lock.
 
@@ -149,15 +160,12 @@ def open_session(
     with repository:
         repository.check_writable()
         with private_directory(paths.temporary, "host-") as work:
-            yield Session(paths, repository, reporter, work, lock_timeout)
+            yield Session(paths, repository, reporter, work, lock_timeout, esp, bootloader)
 
 
 def _optional_verity(paths: HostPaths) -> bool:
     try:
-        booted = read_booted(paths)
+        booted = read_booted(paths, mount_table(paths))
     except HostimageError:
         return False
     return booted is not None and booted.optional
-
-
-__all__ = ["DEFAULT_LOCK_TIMEOUT", "RepositoryMissing", "Session", "open_session"]
