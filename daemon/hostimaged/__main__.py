@@ -1,4 +1,4 @@
-"""The daemon: ``hostimaged [--root DIR]``.
+"""The daemon: ``hostimaged [--root DIR]``; without it, ``hostimaged finalize`` and ``hostimaged deploy``.
 
 The bus name is taken first; everything that takes time to import comes after it.
 """
@@ -28,17 +28,30 @@ if TYPE_CHECKING:
 
 #: The service subscribes to no signal but the bus's own, which are short.
 _LIMITS: Final = Limits(signal=64 << 10)
+#: What is done without the daemon (``hostimaged.host.commands``).
+_COMMANDS: Final = ("finalize", "deploy")
 _BOOT_ID: Final = re.compile(r"[0-9a-f-]{32,36}\Z")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon; exit code 0 after SIGTERM or SIGINT, 1 for a failure told on standard error."""
+    """Run the daemon; exit code 0 after SIGTERM or SIGINT, 1 for a failure told on standard error.
+
+    The first argument may be the name of a command instead, which then has its own arguments and exit codes.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given and given[0] in _COMMANDS:
+        from hostimaged.host import commands
+
+        main_of: Callable[[Sequence[str]], int] = getattr(commands, f"{given[0]}_main")
+        return main_of(given[1:])
     parser = argparse.ArgumentParser(
-        prog="hostimaged", description="Own the composefs repository of this host and serve it over D-Bus."
+        prog="hostimaged",
+        description="Own the composefs repository of this host and serve it over D-Bus.",
+        epilog="Commands without the daemon: hostimaged finalize --help, hostimaged deploy --help.",
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="serve a host made of plain files below DIR")
     parser.add_argument("--version", action="version", version=f"hostimaged {__version__}")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(given)
     paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
     try:
         with _only_daemon(paths):

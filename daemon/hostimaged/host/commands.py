@@ -1,0 +1,177 @@
+"""What is done to a host without the daemon: ``hostimaged finalize`` at shutdown, ``hostimaged deploy``.
+
+Both take the locks that jobs take, and tell failures in one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hostimaged.boot.loader import Bootloader
+from hostimaged.composefs.repository import RepositoryMissing, Verity
+from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.host.deploy import DeployRequest, deploy
+from hostimaged.host.finalize import finalize
+from hostimaged.host.imgref import OriginReference
+from hostimaged.host.session import open_session
+from hostimaged.ids import ManifestDigest
+from hostimaged.oci.reference import ImageReference
+from hostimaged.progress import Phase, Silent
+from hostimaged.system import mounts
+from hostimaged.system.locks import FileLock
+from hostimaged.system.paths import HostPaths
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+#: Seconds: what the unit's five minutes to stop leave after a minute for the work.
+FINALIZE_LOCK_TIMEOUT: Final = 240.0
+_DISK_UUIDS: Final = Path("/dev/disk/by-uuid")
+_UUID: Final = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
+
+
+class _Told(Silent):
+    """Says on standard error what is being done."""
+
+    def phase(self, phase: Phase) -> None:
+        """See ``Reporter``."""
+        print(f"hostimaged: {phase}", file=sys.stderr)
+
+    def message(self, text: str) -> None:
+        """See ``Reporter``."""
+        print(f"hostimaged: {text}", file=sys.stderr)
+
+
+def finalize_main(argv: Sequence[str]) -> int:
+    """``hostimaged finalize``: exit code 0 also if nothing is staged, else that of the error."""
+    parser = argparse.ArgumentParser(
+        prog="hostimaged finalize",
+        description="Activate the staged deployment; run at shutdown by hostimaged-finalize.service.",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="a host made of plain files below DIR")
+    parser.add_argument(
+        "--lock-timeout",
+        type=float,
+        default=FINALIZE_LOCK_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for other programs (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
+    return _told(lambda: _finalize(paths, arguments.lock_timeout))
+
+
+def _finalize(paths: HostPaths, lock_timeout: float) -> dict[str, Any]:
+    if paths.marker_dir is None or not paths.marker_dir.exists():
+        # Most shutdowns: nothing is mounted, locked or read for them.
+        return {"result": "nothing-staged"}
+    _make_writable(paths)
+    _make_run_directory(paths)
+    try:
+        with (
+            FileLock(paths.job_lock, timeout=lock_timeout, what=str(paths.job_lock)),
+            open_session(paths, Silent(), lock_timeout=lock_timeout) as session,
+        ):
+            return finalize(session)
+    except RepositoryMissing:
+        return {"result": "nothing-staged"}
+
+
+def _make_run_directory(paths: HostPaths) -> None:
+    try:
+        paths.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, f"cannot make {paths.run_dir}") from error
+
+
+def _make_writable(paths: HostPaths) -> None:
+    """Of a running host, for this process alone; what cannot be is told when it is written to."""
+    if paths.scratch_root is not None:
+        return
+    for path in (paths.physical_root, paths.boot, *(() if paths.esp is None else (paths.esp,))):
+        with suppress(OSError):
+            mounts.make_writable(path)
+
+
+def deploy_main(argv: Sequence[str]) -> int:
+    """``hostimaged deploy``: exit code 0, or that of the error."""
+    parser = argparse.ArgumentParser(
+        prog="hostimaged deploy",
+        description="Make the first deployment in an empty root, without boot loader or partitions.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="where to pull from, as transport:name")
+    for name, what in (
+        ("sysroot", "the mounted physical root"),
+        ("boot", "the mounted boot directory of GRUB"),
+        ("esp", "the mounted EFI system partition"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="DIR", help=what)
+    parser.add_argument("--target-image", metavar="REF", help="what updates follow (default: IMAGE)")
+    parser.add_argument(
+        "--karg", action="append", default=[], metavar="A", help="a kernel argument; may be repeated"
+    )
+    parser.add_argument("--bootloader", choices=[str(each) for each in Bootloader], default="systemd")
+    parser.add_argument("--verity", choices=[str(each) for each in Verity], default="require")
+    parser.add_argument(
+        "--uki-addon", action="append", default=[], metavar="N", help="an add-on to install; may be repeated"
+    )
+    parser.add_argument("--esp-uuid", default="", metavar="UUID", help="of the ESP, for GRUB with UKIs")
+    arguments = parser.parse_args(argv)
+    return _told(lambda: _deploy(arguments))
+
+
+def _deploy(arguments: argparse.Namespace) -> dict[str, Any]:
+    from hostimaged.oci.pull import pull_image
+
+    source = ImageReference.parse(arguments.image)
+    target = source if arguments.target_image is None else ImageReference.parse(arguments.target_image)
+    paths = HostPaths.target(
+        arguments.sysroot.absolute(), arguments.boot.absolute(), arguments.esp.absolute()
+    )
+    _make_run_directory(paths)
+    reporter = _Told()
+    with FileLock(paths.job_lock, timeout=0, what=str(paths.job_lock)):
+        pulled = pull_image(
+            paths,
+            source,
+            expect_digest=None,
+            verity=Verity(arguments.verity),
+            lock_timeout=0,
+            reporter=reporter,
+        )
+        request = DeployRequest(
+            ManifestDigest(str(pulled.manifest_digest)),
+            OriginReference.of(target),
+            tuple(arguments.karg),
+            tuple(arguments.uki_addon),
+            arguments.esp_uuid or _find_uuid(arguments.esp),
+        )
+        with open_session(paths, reporter, bootloader=Bootloader(arguments.bootloader)) as session:
+            return deploy(session, request)
+
+
+def _find_uuid(esp: Path) -> str:
+    """UUID of the file system that is mounted at ``esp``, as udev knows it; "" if it does not."""
+    with suppress(OSError):
+        device = esp.stat().st_dev
+        for link in _DISK_UUIDS.iterdir():
+            if link.stat().st_rdev == device and _UUID.match(link.name):
+                return link.name
+    return ""
+
+
+def _told(work: Callable[[], dict[str, Any]]) -> int:
+    try:
+        result = work()
+    except HostimageError as error:
+        print(f"hostimaged: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hostimaged: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    print(" ".join(str(result[key]) for key in ("result", "deployment") if key in result))
+    return 0
