@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,25 +63,44 @@ class DeploymentRow(_Found):
     config_digest: str = ""
     version: str = ""
     timestamp: _Size = 0
+    architecture: str = ""
+    boot_digest: str = ""
     boot_type: str = "bls"
     boot_entries: list[str] = Field(default_factory=list)
     kernel_arguments: str = ""
     booted: bool = False
     staged: bool = False
     is_rollback: bool = False
+    default: bool = False
     pinned: bool = False
     locked: bool = False
     soft_reboot_capable: bool = False
+    soft_reboot_obstacle: str = ""
     verity: Literal["ok", "unverified", "broken"] = "unverified"
     order: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     size_exclusive: _Size = 0
+    problems: list[Problem] = Field(default_factory=list)
+
+
+class HostRow(_Found):
+    """The host as a whole; ``next`` is the id of what an orderly reboot boots, or empty."""
+
+    bootloader: str
+    next: str = ""
+    soft_rebooted: bool = False
+    transient_root: bool = False
+    verity_optional: bool = False
+    usr_overlay: str = ""
+    read_only: bool = False
 
 
 class Findings(_Found):
-    """What a scan found (``hostimaged.oci.scan``)."""
+    """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc."""
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
     rollback_queued: bool = False
+    host: HostRow | None = None
+    bootc: dict[str, Any] = Field(default_factory=dict)
     unified: bool = False
     repository: RepositoryRow | None = None
     images: list[ImageRow] = Field(default_factory=list)

@@ -104,13 +104,15 @@ class StatusCache:
         holds: Sequence[dict[str, Any]],
     ) -> str:
         """The native status document (``status.schema.json``)."""
-        repository = self.findings.repository
+        repository, host = self.findings.repository, self.findings.host
         return json.dumps(
             {
                 "schema": SCHEMA,
                 "daemon": {**daemon, "apiVersion": API_VERSION},
                 "repository": repository.model_dump() if repository else None,
                 "trackedImage": tracked_image,
+                "host": host.model_dump(by_alias=True) if host else None,
+                "rollbackQueued": self.findings.rollback_queued,
                 "images": self._image_documents,
                 "deployments": [row.model_dump(by_alias=True) for row in self.findings.deployments],
                 "update": update or None,

@@ -16,6 +16,7 @@ from hostimaged.boot import bls
 from hostimaged.boot.esp import Mount, find_esp, mount_at, mount_of, parse_mountinfo
 from hostimaged.boot.loader import Bootloader
 from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.system.paths import BOOT_IN_ROOT
 
 if TYPE_CHECKING:
     from hostimaged.system.paths import HostPaths
@@ -117,7 +118,7 @@ def candidates(
 
 
 def _grub(loader: Bootloader, boot: Path, esp: Path | None, *, own: bool) -> BootDirs:
-    return BootDirs(loader, boot, boot, "" if own else "/boot", esp)
+    return BootDirs(loader, boot, boot, "" if own else BOOT_IN_ROOT, esp)
 
 
 def _on_esp(loader: Bootloader, esp: Path | None) -> BootDirs:

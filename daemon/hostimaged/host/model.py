@@ -63,7 +63,7 @@ class ProblemId(StrEnum):
     ENTRY_MISSING = "entry-missing"
     ENTRY_TWICE = "entry-twice"
     # Of the host.
-    REPOSITORY = "deployments-repository"
+    REPOSITORY = "repository"
     BOOTED_UNKNOWN = "booted-unknown"
     BOOTED_NO_ENTRY = "booted-no-entry"
     BOOT_DIRECTORY = "boot-directory"
@@ -213,6 +213,9 @@ class Deployment:
 class HostState:
     """A host at one moment.
 
+    ``read_only``: the file system of the physical root cannot be written. ``usr_overlay``: readOnly or
+    readWrite if something is mounted over /usr, which vanishes with the next reboot, else "".
+
     ``deployments``: first the staged one that the next shutdown activates, then those in the menu in its
     order, then a locked one, pinned ones without an entry, and hidden ones. ``dirs`` and ``sets`` are where
     the boot entries are and the two sets of them. ``booted`` is None on a host that does not run, or not from
@@ -226,6 +229,8 @@ class HostState:
     booted: Booted | None = None
     marker: Marker | None = None
     problems: tuple[Problem, ...] = ()
+    read_only: bool = False
+    usr_overlay: str = ""
 
     def find(self, id_: DeploymentId | None) -> Deployment | None:
         """The deployment ``id_``, hidden ones too."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot import loader
+from hostimaged.boot.esp import mount_at
 from hostimaged.boot.loader import Bootloader
 from hostimaged.errors import HostimageError, InvalidArgs, from_os_error
 from hostimaged.host.bootdirs import BootDirs, candidates, mount_table
@@ -21,13 +23,14 @@ from hostimaged.host.marker import read_marker
 from hostimaged.host.model import Deployment, HostState, Problem, ProblemId, Role, Severity
 from hostimaged.host.rows import RowFacts, read_row
 from hostimaged.host.softcheck import SoftRebootCheck
+from hostimaged.host.statedirs import deploy_directory
 from hostimaged.host.tags import PIN_TAG
 from hostimaged.ids import DeploymentId
 from hostimaged.oci.images import tags
+from hostimaged.system.paths import BOOT_IN_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
     from typing import TypeVar
 
     from hostimaged.boot.esp import Mount
@@ -73,7 +76,36 @@ def read_host(
     if soft_reboots:
         rows = _with_soft_reboots(paths, repository, dirs, rows)
     reader.compare(rows, sets)
-    return HostState(tuple(rows), bootloader, dirs, sets, booted, marker, tuple(reader.problems))
+    return HostState(
+        tuple(rows),
+        bootloader,
+        dirs,
+        sets,
+        booted,
+        marker,
+        tuple(reader.problems),
+        read_only=_read_only(paths, table),
+        usr_overlay=_usr_overlay(paths, table),
+    )
+
+
+def _mount_at(paths: HostPaths, table: list[Mount], path: Path) -> Mount | None:
+    """What is mounted at ``path``, which the table names as the running system sees it."""
+    root = paths.scratch_root or Path("/")
+    return mount_at(table, b"/" + os.fsencode(path.relative_to(root))) if path.is_relative_to(root) else None
+
+
+def _read_only(paths: HostPaths, table: list[Mount]) -> bool:
+    """Whether the physical root's file system, not only its mount, refuses writing."""
+    mount = _mount_at(paths, table, paths.physical_root)
+    return mount is not None and "ro" in mount.super_options
+
+
+def _usr_overlay(paths: HostPaths, table: list[Mount]) -> str:
+    mount = _mount_at(paths, table, paths.usr)
+    if mount is None:
+        return ""
+    return "readOnly" if mount.read_only else "readWrite"
 
 
 @dataclass(slots=True)
@@ -126,7 +158,7 @@ class _Reader:
         if booted is not None:
             ids.append(booted.id)
         facts = RowFacts(
-            deploy=self.paths.physical_root / "state/deploy",
+            deploy=deploy_directory(self.paths),
             repository=self.repository,
             images=None if self.repository is None else ImageSource(self.repository),
             dirs=dirs,
@@ -195,7 +227,7 @@ def _with_prefix(dirs: BootDirs, sets: BootSets, booted: Booted | None) -> BootD
     running = [entry for entry in entries if booted is not None and entry.id == booted.id]
     for entry in (*running, *entries):
         prefix, found, _ = entry.files[0].partition("/" + _directory_name(entry.files[0]) + "/")
-        if found and prefix in ("", "/boot"):
+        if found and prefix in ("", BOOT_IN_ROOT):
             return replace(dirs, prefix=prefix)
     return dirs
 

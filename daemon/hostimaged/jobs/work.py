@@ -45,6 +45,6 @@ def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> di
 
 def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
     """Read the state of the host."""
-    from hostimaged.oci.scan import scan as scan_host
+    from hostimaged.host.status import scan as scan_host
 
     channel.status(scan_host(paths))

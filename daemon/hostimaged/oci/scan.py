@@ -25,19 +25,30 @@ _WARNING: Final = "warning"
 
 def scan(paths: HostPaths) -> dict[str, Any]:
     """Read the repository and the list of pulls; see the module for the result. Never raises for damage."""
+    try:
+        with Repository.open_unlocked(paths.repository) as opened:
+            return scan_repository(paths, opened)
+    except RepositoryMissing:
+        # Before the first pull.
+        return scan_repository(paths, None)
+    except HostimageError as error:
+        found = scan_repository(paths, None)
+        found["problems"].append(_problem("repository", _ERROR, error))
+        return found
+
+
+def scan_repository(paths: HostPaths, opened: Repository | None) -> dict[str, Any]:
+    """As ``scan``, of a repository that is open; None: there is none."""
     problems: list[dict[str, str]] = []
     rows = _pulls(paths, problems)
     repository: dict[str, Any] | None = None
     images: list[dict[str, Any]] = []
-    try:
-        with Repository.open_unlocked(paths.repository) as opened:
+    if opened is not None:
+        try:
             images = [_image(row, rows) for row in list_images(opened)]
             repository = _repository(opened, problems)
-    except RepositoryMissing:
-        # Before the first pull.
-        pass
-    except HostimageError as error:
-        problems.append(_problem("repository", _ERROR, error))
+        except HostimageError as error:
+            problems.append(_problem("repository", _ERROR, error))
     return {"repository": repository, "images": images, "problems": problems}
 
 

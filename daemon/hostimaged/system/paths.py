@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
+
+#: Where a boot loader finds what is in /boot, if that is a directory of the root file system.
+BOOT_IN_ROOT: Final = "/boot"
 
 
 @dataclass(frozen=True, slots=True)
