@@ -70,9 +70,10 @@ def rpm_compare(left: str, right: str) -> int:
 
 def uapi_compare(left: str, right: str) -> int:
     """The comparison of the UAPI group's version format (UAPI.10): below, at or above 0."""
-    ignored = re.compile(r"[^A-Za-z0-9~^.-]")
-    a, b = ignored.sub("", left), ignored.sub("", right)
+    ignored = re.compile(r"[^A-Za-z0-9~^.-]+")
+    a, b = left, right
     while True:
+        a, b = (text[len(_run(ignored, text)) :] for text in (a, b))
         if (order := _sign(a, b, "~")) or not (a and b):
             # A tilde is older even than the end; what goes on is otherwise newer than what ends.
             return order or (1 if a else -1 if b else 0)
@@ -81,17 +82,17 @@ def uapi_compare(left: str, right: str) -> int:
                 return order
             if a.startswith(sign):
                 a, b = a[1:], b[1:]
-        if not a or not b:
-            continue
-        digits = a[0].isdigit() or b[0].isdigit()
-        x, y = (_run(r"[0-9]*" if digits else r"[A-Za-z]*", text) for text in (a, b))
-        a, b = a[len(x) :], b[len(y) :]
-        if bool(x) != bool(y):
-            return 1 if x else -1
-        if digits and int(x) != int(y):
-            return 1 if int(x) > int(y) else -1
-        if not digits and x != y:
-            return 1 if x > y else -1
+                break
+        else:
+            digits = a[0].isdigit() or b[0].isdigit()
+            x, y = (_run(r"[0-9]*" if digits else r"[A-Za-z]*", text) for text in (a, b))
+            a, b = a[len(x) :], b[len(y) :]
+            if bool(x) != bool(y):
+                return 1 if x else -1
+            if digits and int(x) != int(y):
+                return 1 if int(x) > int(y) else -1
+            if not digits and x != y:
+                return 1 if x > y else -1
 
 
 def _sign(a: str, b: str, sign: str) -> int:
@@ -99,7 +100,7 @@ def _sign(a: str, b: str, sign: str) -> int:
     return b.startswith(sign) - a.startswith(sign)
 
 
-def _run(pattern: str, text: str) -> str:
+def _run(pattern: str | re.Pattern[str], text: str) -> str:
     found = re.match(pattern, text)
     return found.group() if found else ""
 

@@ -63,6 +63,7 @@ class Recipe:
         """The regular files of ``/usr`` by path below it, kernels not among them."""
         files = {
             "lib/os-release": self.os_release.encode(),
+            "lib/systemd/system/soft-reboot.target": b"[Unit]\nDescription=Soft reboot\n",
             "bin/tool": f"#!/bin/sh\n# {self.version}\n".encode() * 20,
         }
         if self.kargs:
