@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import boot_targets
 import proxy_peer
 import zstandard
 
@@ -458,3 +459,9 @@ def pulled(data: bytes) -> None:
     if rows:
         pulls.record(file, rows[0])
         assert rows[0] in pulls.load(file)
+
+
+# --- what boots ---
+
+for _function, _errors, _length in boot_targets.FUNCTIONS:
+    target(*_errors, max_length=_length)(_function)

@@ -24,11 +24,12 @@ EFI_SUFFIX: Final = ".efi"
 ADDONS_SUFFIX: Final = ".efi.extra.d"
 ENTRY_SUFFIX: Final = ".conf"
 
-#: VFAT's limit for a name; ours stay well below.
-_MAX_NAME: Final = 200
+#: Characters of an id and of a version in a name, which VFAT limits to 255.
+_MAX_PART: Final = 100
 _ID: Final = re.compile(r"[0-9a-f]{128}\Z")
 # Not "+", which begins a boot counter for systemd-boot, nor "-", at which GRUB splits names.
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._~^]")
+_SEPARATOR: Final = re.compile(r"[ \t]+")
 _KEY: Final = re.compile(r"[!-~]+\Z")
 
 EfiKey = Literal["efi", "uki"]
@@ -129,7 +130,7 @@ def _checked(key: str, value: str) -> str:
 def parse(data: bytes, name: str) -> Entry:
     """Read an entry; ``name`` is the file in messages. Raises ``BootLoaderError`` for what cannot boot.
 
-    A value begins after the first white space. Of repeated keys the last counts, except that ``initrd`` adds
+    A value begins after the first space or tab. Of repeated keys the last counts, except that ``initrd`` adds
     up. A missing ``version``, which bootc refuses, is "".
     """
     if len(data) > MAX_SIZE:
@@ -137,8 +138,8 @@ def parse(data: bytes, name: str) -> Entry:
     values: dict[str, str] = {}
     initrd: list[str] = []
     for line in data.decode("utf-8", "surrogateescape").split("\n"):
-        key, *rest = line.strip().split(None, 1) or [""]
-        if not key or key.startswith("#") or not rest:
+        key, *rest = _SEPARATOR.split(line.strip(), maxsplit=1)
+        if not rest or key.startswith("#"):
             continue
         if key == "initrd":
             initrd.append(rest[0])
@@ -195,8 +196,8 @@ def file_name(os_id: str, version: str, priority: int) -> str:
     As bootc names them (``bootc_<id>-<version>-<priority>.conf``), with all characters replaced at which a
     boot loader would split the id or the version, or take a part for a boot counter.
     """
-    stem = f"bootc_{_UNSAFE.sub('_', os_id)}"[:_MAX_NAME]
-    return f"{stem}-{_UNSAFE.sub('_', version)[:_MAX_NAME]}-{priority}{ENTRY_SUFFIX}"
+    safe_id, safe_version = (_UNSAFE.sub("_", part)[:_MAX_PART] for part in (os_id, version))
+    return f"bootc_{safe_id}-{safe_version}-{priority}{ENTRY_SUFFIX}"
 
 
 def sort_key(os_id: str, position: int) -> str:

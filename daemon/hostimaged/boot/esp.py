@@ -1,7 +1,7 @@
 """Finding the EFI system partition of a running host, and where it is mounted.
 
-Nothing is mounted here. The block devices below the physical root are asked of ``lsblk``, which takes types of
-partitions from udev's database or else from the disk. Parsing its output and the table of mounts are plain
+Nothing is mounted here. The block devices below the physical root are asked of ``lsblk``, which takes types
+of partitions from udev's database or else from the disk. Parsing its output and the table of mounts are plain
 functions.
 """
 

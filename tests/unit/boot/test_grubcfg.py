@@ -1,0 +1,142 @@
+"""Menus of classic GRUB."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hostimaged.boot import grubcfg
+from hostimaged.boot.grubcfg import MenuEntry, parse_user_cfg, serialise_user_cfg
+from hostimaged.errors import BootLoaderError
+from hostimaged.ids import DeploymentId
+
+A = DeploymentId("a" * 128)
+B = DeploymentId("b" * 128)
+
+
+def test_bytes() -> None:
+    text = f"""
+if [ -f ${{config_directory}}/efiuuid.cfg ]; then
+        source ${{config_directory}}/efiuuid.cfg
+fi
+menuentry "Fedora 44: ({A})" {{
+insmod fat
+insmod chain
+search --no-floppy --set=root --fs-uuid "${{EFI_PART_UUID}}"
+chainloader /EFI/Linux/bootc/bootc_composefs-{A}.efi
+}}
+menuentry "Old: ({B})" {{
+insmod fat
+insmod chain
+search --no-floppy --set=root --fs-uuid "${{EFI_PART_UUID}}"
+chainloader /EFI/Linux/bootc/bootc_composefs-{B}.efi
+extra a  {{ b }}
+}}
+"""
+    entries = [
+        MenuEntry.new("Fedora 44", A),
+        replace(MenuEntry.new("Old", B), extra=(("extra", "a  { b }"),)),
+    ]
+    assert serialise_user_cfg(entries) == text.encode()
+    assert parse_user_cfg(text.encode()) == entries
+    assert [entry.deployment_id() for entry in entries] == [A, B]
+    assert [entry.artifact() for entry in entries] == [str(A), str(B)]
+    assert [entry.label for entry in entries] == ["Fedora 44", "Old"]
+
+
+def test_labels_are_plain_text() -> None:
+    label = 'A "quoted" \\ $price `x` é: (b)'
+    entry = MenuEntry.new(label, A)
+    assert entry.title.startswith(r"A \"quoted\" \\ \$price \`x\` é: (b): (")
+    assert entry.label == label
+    assert parse_user_cfg(serialise_user_cfg([entry])) == [entry]
+    assert MenuEntry("no id").label == "no id"
+
+
+def test_reading_is_as_loose_as_bootc() -> None:
+    data = rb"""
+        if [ -f x ]; then
+        fi
+        menuentry   "One \"1\"" {
+            # a comment { with } braces
+            set timeout=5
+            insmod  ext2
+            chainloader /EFI/Linux/x.efi
+            if [ -f ${config_directory}/x ]; then
+            boot
+        }
+        menuentry
+        "Two"
+        { search a
+          chainloader /b.efi }  junk
+        submenu "x" { }
+    """
+    one, two = parse_user_cfg(data)
+    assert one == MenuEntry(
+        r"One \"1\"",
+        "/EFI/Linux/x.efi",
+        insmod=("ext2",),
+        extra=(("if", "[ -f ${config_directory}/x ]; then"),),
+    )
+    assert (one.label, one.deployment_id(), one.artifact(), one.has_prefix) == ('One "1"', None, "x", False)
+    assert two == MenuEntry("Two", "/b.efi", search="a")
+
+
+def test_older_images_have_no_prefix() -> None:
+    entry = MenuEntry("x", f"/EFI/Linux/bootc/{A}.efi")
+    assert (entry.deployment_id(), entry.has_prefix) == (A, False)
+
+
+@pytest.mark.parametrize("data", [b"", b"set timeout=5\n", b"\n\n"])
+def test_no_entries(data: bytes) -> None:
+    assert parse_user_cfg(data) == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"menuentry",
+        b"menuentry x {\n}",
+        b'menuentry "x {\n}',
+        b'menuentry "" {\n}',
+        b'menuentry "x" {',
+        b'menuentry "x" {\na { b\n}',
+        b'menuentry "x" {\n\\}',
+        b'menuentry "x" {\n}\n menuentry_id_option',
+        b'menuentry "x" {\n}\n' * (grubcfg.MAX_ENTRIES + 1),
+        b"#" * (grubcfg.MAX_SIZE + 1),
+    ],
+)
+def test_what_is_refused(data: bytes) -> None:
+    with pytest.raises(BootLoaderError, match=r"user\.cfg\.staged"):
+        parse_user_cfg(data, "user.cfg.staged")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        MenuEntry("", "/a"),
+        MenuEntry('a"b', "/a"),
+        MenuEntry("a\\", "/a"),
+        MenuEntry("a\nb", "/a"),
+        MenuEntry("a", ""),
+        MenuEntry("a", "/a", search="x", extra=(("a b", "c"),)),
+        MenuEntry("a", "/a", search="x", extra=(("#", "c"),)),
+        MenuEntry("a", "/a}\nreboot", search="x"),
+        MenuEntry("a", "/a }{", search="x"),
+    ],
+)
+def test_what_is_never_written(entry: MenuEntry) -> None:
+    with pytest.raises(BootLoaderError):
+        serialise_user_cfg([entry])
+
+
+def test_uuid_of_the_esp() -> None:
+    assert grubcfg.serialise_efiuuid("7B77-95E7") == b'set EFI_PART_UUID="7B77-95E7"'
+    assert grubcfg.parse_efiuuid(b'set EFI_PART_UUID="7B77-95E7"') == "7B77-95E7"
+    assert grubcfg.parse_efiuuid(b"# x\nset EFI_PART_UUID=a-b\nset x=1\n") == "a-b"
+    assert grubcfg.parse_efiuuid(b'set EFI_PART_UUID="$(x)"') is None
+    for bad in ("", 'a"b', "a\nb", "a b"):
+        with pytest.raises(BootLoaderError):
+            grubcfg.serialise_efiuuid(bad)
