@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.boot.loader import Bootloader
 from hostimaged.composefs.repository import RepositoryMissing, Verity
 from hostimaged.errors import HostimageError, from_os_error
-from hostimaged.host.deploy import DeployRequest, deploy
 from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.session import open_session
@@ -126,6 +125,8 @@ def deploy_main(argv: Sequence[str]) -> int:
 
 
 def _deploy(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Not for the finalizer, which has little time.
+    from hostimaged.host.deploy import DeployRequest, deploy
     from hostimaged.oci.pull import pull_image
 
     source = ImageReference.parse(arguments.image)

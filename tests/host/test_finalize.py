@@ -1,0 +1,194 @@
+"""Finalizing at shutdown: once, whoever does it, and whenever it is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from bootc_model import Bootc
+
+from hostimage_testing.hosts import KINDS, RecordedHost
+from hostimage_testing.lives import Life, staged, upgraded
+from hostimaged.errors import Cancelled, HostimageError
+from hostimaged.host import finalize as module
+from hostimaged.host import reorder
+from hostimaged.host.commands import finalize_main
+from hostimaged.host.finalize import finalize
+from hostimaged.host.session import Session, open_session
+from hostimaged.progress import Reporter, Silent
+from hostimaged.system.paths import HostPaths
+
+pytestmark = pytest.mark.interop
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def host(request: pytest.FixtureRequest, tmp_path: Path, cfsctl: str) -> RecordedHost:
+    return RecordedHost(tmp_path / "host", cfsctl, kind=request.param)
+
+
+@contextmanager
+def session(host: RecordedHost, reporter: Reporter | None = None) -> Iterator[Session]:
+    with open_session(HostPaths.scratch(host.root), reporter or Silent()) as opened:
+        yield opened
+
+
+class Stop(BaseException):
+    """The process is gone: nothing of it runs any more, no clean-up either."""
+
+
+class At(Silent):
+    """Stops, by a kill or by an error, at the step ``number``; counts the steps."""
+
+    def __init__(self, number: int, error: type[BaseException] = Stop) -> None:
+        self.number = number
+        self.count = 0
+        self.points: list[str] = []
+        self._error = error
+
+    def at(self, point: str) -> None:
+        self.points.append(point)
+        self.count += 1
+        if self.count - 1 == self.number:
+            raise self._error
+
+
+def test_a_staged_deployment_boots_after_the_shutdown(host: RecordedHost) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    (host.root / "etc/hostname").write_text("mine\n")
+    (host.root / "etc/local.conf").write_text("local\n")
+    with session(host) as opened:
+        result = finalize(opened)
+        assert result["result"] == "finalized"
+        assert result["deployment"] == life.staged.id
+        assert finalize(opened) == {"result": "nothing-staged"}
+    assert not host.marker.exists()
+    assert not host.entries_staged.exists()
+    assert host.reboot() == life.staged.id
+    assert (host.root / "etc/hostname").read_text() == "mine\n"
+    assert (host.root / "etc/local.conf").read_text() == "local\n"
+    assert (host.root / "etc/os.conf").read_text() == "version = 3\n"
+
+
+def test_a_download_is_not_activated(host: RecordedHost) -> None:
+    life = staged(host, locked=True)
+    with session(host) as opened:
+        assert finalize(opened)["result"] == "download-only"
+    assert host.marker.exists()
+    assert host.reboot() == life.booted.id
+
+
+def test_nothing_staged_is_success(host: RecordedHost, capsys: pytest.CaptureFixture[str]) -> None:
+    life = upgraded(host)
+    with session(host) as opened:
+        assert finalize(opened) == {"result": "nothing-staged"}
+    assert finalize_main(["--root", str(host.root)]) == 0
+    assert capsys.readouterr().out == "nothing-staged\n"
+    assert host.reboot() == life.booted.id
+
+
+def test_the_command_says_what_it_did(host: RecordedHost, capsys: pytest.CaptureFixture[str]) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    assert finalize_main(["--root", str(host.root)]) == 0
+    assert capsys.readouterr().out == f"finalized {life.staged.id}\n"
+    assert host.reboot() == life.staged.id
+
+
+def test_a_conflict_in_etc_leaves_the_old_order(
+    host: RecordedHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    (host.root / "etc/os.conf").unlink()
+    (host.root / "etc/os.conf").mkdir()
+    assert finalize_main(["--root", str(host.root)]) != 0
+    assert "/etc/os.conf" in capsys.readouterr().err
+    assert host.marker.exists()
+    with session(host) as opened:
+        assert opened.state().staged_deployment is not None
+    assert host.reboot() == life.booted.id
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_two_finalizers_activate_once(host: RecordedHost, cfsctl: str, ours_first: bool) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    model = Bootc(host.root, cfsctl, host.images)
+    if ours_first:
+        with session(host) as opened:
+            assert finalize(opened)["result"] == "finalized"
+        assert model.finalize() == "nothing"
+    else:
+        assert model.finalize() == "activated"
+        with session(host) as opened:
+            finalize(opened)
+    assert host.reboot() == life.staged.id
+
+
+def _steps(tmp_path: Path, cfsctl: str, kind: object) -> int:
+    host = RecordedHost(tmp_path / "count", cfsctl, kind=kind)  # type: ignore[arg-type]
+    staged(host)
+    counting = At(-1)
+    with session(host, counting) as opened:
+        finalize(opened)
+    assert [point for point in module.FAULT_POINTS if point not in counting.points] in (
+        [],
+        # Nothing in /etc was changed.
+        ["etc-merge.built", "etc-merge.synced", "etc-merge.exchanged"],
+    )
+    return counting.count
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[2]], ids=str)
+@pytest.mark.parametrize("ending", [Stop, Cancelled])
+def test_interrupted_anywhere_the_host_boots_the_old_or_the_new(
+    tmp_path: Path, cfsctl: str, kind: object, ending: type[BaseException]
+) -> None:
+    for number in range(_steps(tmp_path, cfsctl, kind)):
+        host = RecordedHost(tmp_path / f"host{number}", cfsctl, kind=kind)  # type: ignore[arg-type]
+        life = staged(host)
+        assert life.staged is not None
+        (host.root / "etc/hostname").write_text("mine\n")
+        with pytest.raises(ending), session(host, At(number, ending)) as opened:
+            finalize(opened)
+        _check(host, life, cfsctl, again=number % 2 == 0)
+
+
+def _check(host: RecordedHost, life: Life, cfsctl: str, *, again: bool) -> None:
+    """Whatever comes next - bootc's finalizer, ours again, or the power - what boots is whole."""
+    assert life.staged is not None
+    assert life.rollback is not None
+    if again:
+        with session(host) as opened:
+            finalize(opened)
+        assert host.reboot() == life.staged.id
+        assert (host.root / "etc/hostname").read_text() == "mine\n"
+    else:
+        exchanged = life.staged.id in host.menu()[0].text
+        Bootc(host.root, cfsctl, host.images).finalize()
+        if exchanged:
+            assert host.reboot() == life.staged.id
+            assert (host.root / "etc/hostname").read_text() == "mine\n"
+        else:
+            assert host.reboot() in (life.booted.id, life.staged.id)
+    with session(host) as opened:
+        reorder.begin(opened)
+        state = opened.state()
+    assert state.staged_deployment is None
+    assert not host.entries_staged.exists()
+    assert state.booted_deployment is not None
+    assert state.booted_deployment.bootable
+    assert not list((host.root / "sysroot/state/hostimaged").glob("transaction*"))
+    assert Bootc(host.root, cfsctl, host.images).accepts() == []
+
+
+def test_a_deployment_that_would_not_start_is_not_activated(host: RecordedHost) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    (host.repository / "images" / life.staged.id).unlink()
+    with session(host) as opened, pytest.raises(HostimageError, match="would not start"):
+        finalize(opened)
+    assert host.reboot() == life.booted.id
