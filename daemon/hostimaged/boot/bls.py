@@ -101,11 +101,8 @@ class Entry:
         lines.append(("version", self.version))
         if bool(self.linux) == bool(self.efi):
             raise BootLoaderError("boot entry needs one of a kernel and an EFI program")
-        if self.efi:
-            lines.append((self.efi_key, self.efi))
-        else:
-            lines.append(("linux", self.linux))
-            lines += [("initrd", path) for path in self.initrd]
+        lines.append((self.efi_key, self.efi) if self.efi else ("linux", self.linux))
+        lines += [("initrd", path) for path in self.initrd]
         if self.options:
             lines.append(("options", self.options))
         lines += [(k, v) for k, v in (("machine-id", self.machine_id), ("sort-key", self.sort_key)) if v]

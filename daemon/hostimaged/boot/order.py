@@ -78,7 +78,7 @@ def same_for_all(file_names: Sequence[str]) -> bool:
     """
     stems = [name.removesuffix(bls.ENTRY_SUFFIX) for name in file_names]
     return all(
-        one > two
+        full > full_two
         and grub_compare(one, two) > 0
         and _plain_rpm(one, two) > 0
         and filevercmp(full, full_two) > 0

@@ -52,6 +52,11 @@ def test_bytes_of_an_image_entry() -> None:
     assert replace(UKI, efi_key="efi").serialise() == text.replace("uki", "efi", 1).encode()
 
 
+def test_keys_of_a_kernel_in_an_image_entry_are_kept() -> None:
+    data = b"version 1\nefi /x.efi\ninitrd /a\noptions b\n"
+    assert parse(data, "e.conf").serialise() == data
+
+
 def test_deployment_and_artifact() -> None:
     assert (TYPE_1.deployment_id(), TYPE_1.artifact(), TYPE_1.has_prefix) == (A, str(B), True)
     assert (UKI.deployment_id(), UKI.artifact(), UKI.has_prefix) == (A, str(A), True)

@@ -84,6 +84,7 @@ def test_who_disagrees() -> None:
     assert not same_for_all(["bootc_x-9.10-1.conf", "bootc_x-9.9-0.conf"]), "plain strings"
     assert not same_for_all(["bootc_x-9.9-1.conf", "bootc_x-9.10-0.conf"]), "GRUB"
     assert not same_for_all(["bootc_x-1_0-1.conf", "bootc_x-1.0-1.conf"]), "the same to GRUB"
+    assert not same_for_all(["bootc_x-1-1.5.conf", "bootc_x-1-1.conf"]), "plain strings, suffix included"
     assert not same_for_all(["bootc_x-1a-1.conf", "bootc_x-1-1.conf", "bootc_x-2-1.conf"])
 
 
