@@ -141,13 +141,21 @@ def read_sets(dirs: BootDirs) -> BootSets:
                 continue
             return BootSets(
                 None if live is None else parse_set(dirs, live, is_menu=is_menu),
-                None if staged is None else parse_set(dirs, staged, is_menu=is_menu),
+                None if staged is None else _parse_staged(dirs, staged, is_menu=is_menu),
                 is_menu,
             )
         except HostimageError as error:
             if attempt == _TRIES - 1:
                 return BootSets(None, None, is_menu, unreadable=error.message)
     return BootSets(None, None, is_menu, unreadable="the boot entries change all the time")
+
+
+def _parse_staged(dirs: BootDirs, raw: RawSet, *, is_menu: bool) -> EntrySet:
+    """As ``parse_set``; one that makes no sense boots nothing, and hides nothing of what is live."""
+    try:
+        return parse_set(dirs, raw, is_menu=is_menu)
+    except BootLoaderError as error:
+        return EntrySet((), raw, tuple(Foreign(name, data, error.message) for name, data in raw.files))
 
 
 def parse_set(dirs: BootDirs, raw: RawSet, *, is_menu: bool) -> EntrySet:
