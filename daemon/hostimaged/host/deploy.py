@@ -25,7 +25,7 @@ from hostimaged.host.menu import Menu
 from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
-from hostimaged.host.recover import journal_path, recover
+from hostimaged.host.recover import journal_path, recover, settle
 from hostimaged.host.tags import bootc_tag
 from hostimaged.oci import images
 from hostimaged.progress import Phase
@@ -86,8 +86,7 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
     images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
     session.repository.sync()
     session.reporter.at("deploy.tagged")
-    recover(session, session.exclusive())
-    state = session.state()
+    state = settle(session)
     if state.sets.entries or state.visible:
         raise PreconditionFailed("there is a deployment already: stage the image instead")
     new = NewDeployment(session, state, boot, share=False)

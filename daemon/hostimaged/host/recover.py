@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hostimaged.errors import BootLoaderError
 from hostimaged.host import cleanup, etcmerge, journal, statedirs
+from hostimaged.host.adopt import adopt
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation
@@ -33,6 +34,20 @@ if TYPE_CHECKING:
 def journal_path(paths: HostPaths) -> Path:
     """Where the journal is."""
     return paths.state / "transaction.json"
+
+
+def settle(session: Session) -> HostState:
+    """The host under the exclusive lock, as an operation may decide from it.
+
+    What was interrupted is finished or taken back, and deployments of an older bootc are adopted. Raises
+    ``LockTimeout``, and as ``recover`` does.
+    """
+    state = session.exclusive()
+    recover(session, state)
+    state = session.state()
+    if any(done.tagged or done.named for done in adopt(session.paths, session.repository, state)):
+        state = session.state()
+    return state
 
 
 def recover(session: Session, state: HostState) -> list[DeploymentId]:

@@ -14,7 +14,7 @@ from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.menu import live_menu, staged_menu
 from hostimaged.host.model import Role
-from hostimaged.host.recover import journal_path, recover
+from hostimaged.host.recover import journal_path, settle
 from hostimaged.progress import Phase
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ FAULT_POINTS: Final = (
 def begin(session: Session) -> HostState:
     """The host under the exclusive lock, after recovery: what an operation decides from."""
     session.reporter.phase(Phase.STAGING)
-    recover(session, session.exclusive())
-    return session.state()
+    return settle(session)
 
 
 def rollback(session: Session) -> dict[str, Any]:

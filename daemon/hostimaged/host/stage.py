@@ -26,7 +26,7 @@ from hostimaged.host.menu import Menu, live_menu
 from hostimaged.host.model import BootType, Role
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin
-from hostimaged.host.recover import journal_path, recover
+from hostimaged.host.recover import journal_path, recover, settle
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.host.tags import bootc_tag
 from hostimaged.host.times import microseconds
@@ -109,9 +109,7 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
     session.repository.sync()
     session.reporter.at("stage.tagged")
-    recover(session, session.exclusive())
-    state = session.state()
-    return _Stage(session, request, image, boot, state).run()
+    return _Stage(session, request, image, boot, settle(session)).run()
 
 
 def unlock(session: Session) -> dict[str, Any]:
@@ -119,8 +117,7 @@ def unlock(session: Session) -> dict[str, Any]:
 
     Raises ``NothingStaged``.
     """
-    recover(session, session.exclusive())
-    row = session.state().staged_deployment
+    row = settle(session).staged_deployment
     if row is None:
         raise NothingStaged("no deployment is staged")
     if row.locked:
@@ -131,8 +128,7 @@ def unlock(session: Session) -> dict[str, Any]:
 
 def unstage(session: Session) -> dict[str, Any]:
     """Take back what is staged; ``result`` is ``unstaged``. Raises ``NothingStaged``."""
-    recover(session, session.exclusive())
-    state = session.state()
+    state = settle(session)
     if state.marker is None:
         raise NothingStaged("no deployment is staged")
     staged = state.marker.depl_id
