@@ -153,9 +153,13 @@ _PLACES: Final = {
 _RUN: Final = re.compile(r"(?:(?:[\w/\-,:;@=!\"'%~&<> ]|\\[./\-+*?()\[\]{}|^$,_@=:~ ])(?![*+?{]))+", re.ASCII)
 _ESCAPED: Final = re.compile(r"\\(.)")
 _COUNT: Final = re.compile(r"\{(\d+)(,(\d*))?\}", re.ASCII)
+# Without a minimum since PCRE2 10.43; it was literal text before.
+_PCRE_COUNT: Final = re.compile(r"\{(?:\d+(?:,\d*)?|,(\d+))\}", re.ASCII)
 _CLASS_NAME: Final = re.compile(r"\[:(\^?)([a-z]+):\]")
+_PCRE_NAMED: Final = re.compile(r"\[([:.=])[^\]]*\1\]")
 _GROUP_NAME: Final = re.compile(r"\?P?<[A-Za-z_][A-Za-z0-9_.\[\]]*>")
 _FLAGS: Final = re.compile(r"\?([a-zA-Z]*)(-[a-zA-Z]+)?([:)])")
+_NAMED_EDGE: Final = re.compile(r"\{[A-Za-z]")
 _HEX_TWO: Final = re.compile(r"[0-9a-fA-F]{2}")
 _HEX_BRACE: Final = re.compile(r"\{([0-9a-fA-F]{1,8})\}")
 _CLASS_OPERATORS: Final = ("&&", "--", "~~")
@@ -374,7 +378,7 @@ class _Parser:
         """What follows a backslash outside of classes."""
         if self.peek() in _PLACES:
             place = self.take()
-            if place == "b" and self.looking_at("{"):
+            if place == "b" and _NAMED_EDGE.match(self.text, self.at):
                 self.unsupported("a named word boundary")
             return _PLACES[place]
         item = self.class_escape()
@@ -493,7 +497,15 @@ class _PcreParser(_Parser):
         """There is look-around."""
 
     def counts(self, brace: int) -> bool:
-        return _COUNT.match(self.text, brace) is not None
+        return _PCRE_COUNT.match(self.text, brace) is not None
+
+    def count(self) -> tuple[int, int | None]:
+        if self.looking_at("{,"):
+            found = _PCRE_COUNT.match(self.text, self.at)
+            assert found is not None
+            self.at = found.end()
+            return 0, self.number(found[1])
+        return super().count()
 
     def check_possessive(self) -> None:
         if self.looking_at("+"):
@@ -507,15 +519,9 @@ class _PcreParser(_Parser):
 
     def escape(self) -> Node | None:
         following = self.peek()
-        if following == "Q":
-            self.at += 1
-            end = self.text.find("\\E", self.at)
-            end = len(self.text) if end < 0 else end
-            data, self.at = self.text[self.at : end], end + 2
-            return Concat(tuple(self.literal(character) for character in data))
         if following in ("<", ">"):
             return self.literal(self.take())
-        if following in ("Z", "G", "K", "R", "X", "E"):
+        if following in ("Z", "G", "K", "R", "X", "Q", "E"):
             self.unsupported(f"\\{following}")
         return super().escape()
 
@@ -544,6 +550,8 @@ class _PcreParser(_Parser):
             if (named := _CLASS_NAME.match(self.text, self.at)) and named[2] in _POSIX:
                 self.at = named.end()
                 bits |= _POSIX[named[2]] ^ (ANY if named[1] else 0)
+            elif _PCRE_NAMED.match(self.text, self.at):
+                self.unsupported("an unknown class")
             else:
                 bits |= self.class_range()
         self.at += 1
