@@ -10,6 +10,7 @@ deployment's own directory, as the bind mount makes it on a real host.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import uuid
@@ -130,6 +131,15 @@ class RecordedHost:
             erofs=1 if era is Era.CURRENT else 2,
         )
         self._make_root()
+
+    def copy(self, root: Path) -> RecordedHost:
+        """The same host at another place. Images made for either come from the same layout."""
+        shutil.copytree(self.root, root, symlinks=True)
+        other = copy.copy(self)
+        other.root, other.sysroot, other.images = root, root / "sysroot", dict(self.images)
+        other.repository = other.sysroot / "composefs"
+        other.maker = self.maker.into(other.repository)
+        return other
 
     # Places
 
@@ -304,7 +314,7 @@ class RecordedHost:
             lines += [f"linux {place}/vmlinuz", f"initrd {place}/initrd"]
             lines.append("options " + " ".join(deployment.options))
         lines.append(f"sort-key bootc-{identity}-{priority}")
-        name = f"bootc_{identity.replace('-', '_')}-{version}-{1 - priority}.conf"
+        name = f"bootc_{identity.replace('-', '_')}-{version}-{max(0, 1 - priority)}.conf"
         return name, "\n".join(lines) + "\n"
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from hostimage_testing.hosts import Deployment, RecordedHost
+from hostimage_testing.hosts import Deployment, Era, Kind, RecordedHost
 from hostimage_testing.os_images import Recipe
 
 
@@ -42,3 +44,30 @@ def staged(host: RecordedHost, *, locked: bool = False) -> Life:
     host.staged(next_one, before.booted)
     host.mark(next_one, locked=locked)
     return replace(before, staged=next_one)
+
+
+MakeLife = Callable[[RecordedHost], Life]
+
+
+@dataclass
+class Records:
+    """Lives made once, below ``place``, and handed out as copies."""
+
+    place: Path
+    cfsctl: str
+    _made: dict[tuple[object, ...], Life] = field(default_factory=dict)
+
+    def copy(self, make: MakeLife, root: Path, kind: Kind, era: Era = Era.CURRENT, **options: bool) -> Life:
+        """The life that ``make`` makes of an empty host, at ``root``."""
+        key = (make, kind, era, *sorted(options.items()))
+        if key not in self._made:
+            place = self.place / str(len(self._made))
+            host = RecordedHost(place, self.cfsctl, kind=kind, era=era, **options)
+            self._made[key] = make(host)
+        life = self._made[key]
+        return replace(life, host=life.host.copy(root))
+
+
+def locked(host: RecordedHost) -> Life:
+    """As ``staged``, and locked: downloaded only."""
+    return staged(host, locked=True)

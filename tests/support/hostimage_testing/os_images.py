@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -137,6 +138,12 @@ class ImageMaker:
         repository.parent.mkdir(parents=True, exist_ok=True)
         self._init(repository)
         repository.chmod(0o700)
+
+    def into(self, repository: Path) -> ImageMaker:
+        """The same maker for another repository, which is there."""
+        other = copy.copy(self)
+        other.repository = repository
+        return other
 
     def pull(self, recipe: Recipe) -> OsImage:
         """Make the image and its boot image in the repository; it has no tag there afterwards."""
