@@ -4,7 +4,7 @@ All expressions are one non-deterministic automaton; the deterministic one is bu
 what was built is kept within bounds. Leading literal text is a trie, so that the rules of one directory cost
 nothing elsewhere. Walking a tree, a directory's state serves all its children. Nothing backtracks: an image
 may bring any expression. What no automaton can express (look-around, conditions on a position) is
-over-approximated by the text it begins with, and then checked on its own.
+first matched without the conditions, and then checked on its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot.patterns import (
-    ANY,
     Alternate,
     Concat,
     Literal,
@@ -80,18 +79,14 @@ class Automaton:
     def add(self, rule: int, node: Node) -> bool:
         """Add the expression of ``rule``, and say whether it is regular.
 
-        If not, the rule is found for everything that begins as its matches do: ask ``matches`` then.
-        Raises ``UnsupportedImage`` when all expressions together are too large.
+        If not, the rule is also found where only its conditions fail: ask ``matches`` then. Raises ``UnsupportedImage`` when
+        all expressions together are too large.
         """
         end = self._new(None, 0)
         self._ends[end] = rule
         prefix, rest = _split(node)
-        at = self._trie(prefix)
-        regular = is_regular(node)
-        if not regular:
-            rest = Repeat(Set(ANY), 0, None)
-        self._hanging[at].append(self._build(rest, end))
-        return regular
+        self._hanging[self._trie(prefix)].append(self._build(rest, end))
+        return is_regular(node)
 
     def _trie(self, prefix: bytes) -> int:
         at = 0
@@ -135,7 +130,8 @@ class Automaton:
             return self._fork(*[self._build(item, following) for item in node.items])
         if isinstance(node, Repeat):
             return self._repeat(node, following)
-        raise AssertionError("an irregular expression")
+        # A condition, which takes no bytes: without it the expression matches all it does, and more.
+        return following
 
     def _repeat(self, node: Repeat, following: int) -> int:
         if node.high is None:
@@ -174,12 +170,17 @@ class Automaton:
         tables, following = self._tables, self._next
         targets = {following[node] for node in state.nodes if tables[node][byte]}  # type: ignore[index]
         reached: set[int] = set()
+        work = len(state.nodes) + 1
         for target in targets:
-            reached.update(self._closure(target))
+            closure = self._closure(target)
+            reached.update(closure)
+            work += len(closure)
         trie = self._children[state.trie].get(byte, -1) if state.trie >= 0 else -1
         if trie >= 0:
-            reached.update(self._hung(trie))
-        self.spend(len(state.nodes) + len(reached) + 1)
+            hung = self._hung(trie)
+            reached.update(hung)
+            work += len(hung)
+        self.spend(work)
         return self._state(reached, trie)
 
     def _hung(self, trie: int) -> list[int]:
