@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from hostimaged.errors import InvalidArgs
-from hostimaged.ids import BlobDigest, ConfigDigest, DiffId, ManifestDigest, ObjectId
+from hostimaged.ids import (
+    BlobDigest,
+    BootDigest,
+    ConfigDigest,
+    DeploymentId,
+    DiffId,
+    ManifestDigest,
+    ObjectId,
+)
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -41,3 +49,24 @@ def test_malformed_digests_are_refused(bad: str) -> None:
 
 def test_object_id_pathname() -> None:
     assert ObjectId(bytes.fromhex("1e2eaa42")).pathname == "1e/2eaa42"
+
+
+def test_deployments_are_named_by_their_boot_image() -> None:
+    id_ = DeploymentId("1a" * 64)
+    assert id_.object_id == ObjectId(bytes([0x1A] * 64))
+    assert DeploymentId.of_object(id_.object_id) == id_
+    assert str(id_) == "1a" * 64
+
+
+@pytest.mark.parametrize("bad", ["", "1a" * 32, "1A" * 64, "1a" * 64 + "\n", "../" + "1a" * 62 + "b"])
+def test_malformed_deployments_are_refused(bad: str) -> None:
+    with pytest.raises(InvalidArgs, match="128 hex digits"):
+        DeploymentId(bad)
+
+
+def test_boot_digests_have_bare_digits_and_print_their_algorithm() -> None:
+    digest = BootDigest("ab" * 32)
+    assert (digest.hex, str(digest)) == ("ab" * 32, DIGEST)
+    assert len({digest, ManifestDigest(DIGEST)}) == 2
+    with pytest.raises(InvalidArgs, match="boot digest"):
+        BootDigest(DIGEST)

@@ -44,4 +44,4 @@ def utc_text(text: str) -> str | None:
     digits = f"{nanoseconds:09d}"
     while digits and digits.endswith("000"):
         digits = digits[:-3]
-    return f"{time:%Y-%m-%dT%H:%M:%S}{'.' if digits else ''}{digits}Z"
+    return f"{time.replace(tzinfo=None).isoformat()}{'.' if digits else ''}{digits}Z"
