@@ -112,7 +112,7 @@ def merge(
 
     The other arguments, and what may be raised, are those of ``dry_run``; also ``EtcConflict``, ``NoSpace``
     and ``ReadOnly``. After an error ``etc`` is unmerged. ``new`` counts for an overlay only: else the new
-    tree is what ``etc`` has, as other tools may have put something there. Follow with ``discard`` or ``undo``.
+    tree is what ``etc`` has, since others may have put something there. Follow with ``discard`` or ``undo``.
     """
     try:
         undo(deployment)
@@ -212,7 +212,7 @@ class _Builder:
         target: int,
         prefix: bytes,
     ) -> None:
-        """Fill ``target``. ``new`` is the directory on disk, if any, and ``image`` the one that shows through."""
+        """Fill ``target``. ``new`` is the directory on disk, ``image`` the one that shows through, if any."""
         if new is not None:
             for name, found in trees.entries(new):
                 if name not in actions:

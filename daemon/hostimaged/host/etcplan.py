@@ -260,4 +260,3 @@ class _Planner:
             else:
                 plan.modified.insert(modified, path)
         return enter
-
