@@ -250,7 +250,7 @@ class _Stage:
         followed = base.origin.reference
         if followed is None or followed.image_text != self._request.reference.image_text:
             return
-        old, new = base.image.timestamp, created(self._image)
+        old, new = base.image.timestamp, _created(self._image)
         if old and new and new < old:
             raise PreconditionFailed(
                 f"the image is older than the one that runs ({self._image.version or 'no version'})"
@@ -329,6 +329,6 @@ class _Stage:
         return found if etc is None else found | etc
 
 
-def created(image: StoredImage) -> int:
+def _created(image: StoredImage) -> int:
     """When an image was made, in microseconds since the epoch; 0 if it does not say."""
     return 0 if image.config is None or not image.config.created else microseconds(image.config.created)
