@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boot_seeds
+import host_seeds
 import zstandard
 from mutators import joined
 from proxy_peer import FD_1, KEEP_OPEN, LOG, PIPE, UNASKED
@@ -365,7 +366,7 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "policy": policy_seeds,
     "registries": registries_seeds,
     "pulled": pulled_seeds,
-} | boot_seeds.SEEDS
+} | boot_seeds.SEEDS | host_seeds.SEEDS
 
 
 def main() -> None:

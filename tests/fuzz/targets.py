@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import boot_targets
+import host_targets
 import proxy_peer
 import zstandard
 
@@ -461,7 +462,7 @@ def pulled(data: bytes) -> None:
         assert rows[0] in pulls.load(file)
 
 
-# --- what boots ---
+# --- what boots, and the state of hosts ---
 
-for _function, _errors, _length in boot_targets.FUNCTIONS:
+for _function, _errors, _length in (*boot_targets.FUNCTIONS, *host_targets.FUNCTIONS):
     target(*_errors, max_length=_length)(_function)
