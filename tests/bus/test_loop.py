@@ -19,6 +19,7 @@ from hostimage_dbus.transport import Connection
 from hostimage_testing.bus import Bus, Client, Daemon
 from hostimaged.bus.holds import Holds
 from hostimaged.bus.service import Service
+from hostimaged.bus.updates import Updates
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import WorkerSettings
@@ -67,6 +68,7 @@ async def service(bus: Bus, tmp_path: Path, interfaces: dict[str, Interface]) ->
             settings_problems=[],
             load_settings=lambda: (Settings(), []),
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
+            updates=Updates(root / "run/hostimaged/check.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

@@ -12,7 +12,6 @@ from hostimaged import __version__
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
-from hostimaged.bus.updates import Updates
 from hostimaged.errors import InvalidReference
 from hostimaged.oci.reference import ImageReference
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.findings import ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.status import StatusCache
+    from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
@@ -41,6 +41,7 @@ class Model:
         status: StatusCache,
         history: History,
         holds: Holds,
+        updates: Updates,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -50,10 +51,10 @@ class Model:
         self._status = status
         self._history = history
         self._holds = holds
+        self._updates = updates
         self._deployments = deployments
         self._boot_id = boot_id
         self._document: str | None = None
-        self.updates = Updates()
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -109,7 +110,7 @@ class Model:
             "RollbackQueued": findings.rollback_queued,
             "TrackedImage": self.tracked_image,
             "Update": to_variants(self._update()),
-            "LastCheck": list(self.updates.last_check),
+            "LastCheck": list(self._updates.last_check(self.tracked)),
             "LastFailure": _last_failure(self._history.results),
             # Nothing is done by itself yet.
             "UpdatePolicy": "none",
@@ -142,7 +143,7 @@ class Model:
         return "held" if held else "idle"
 
     def _update(self) -> dict[str, Any]:
-        return self.updates.current(self.tracked, self._status.findings)
+        return self._updates.current(self.tracked, self._status.findings)
 
     def _problems(self) -> list[Problem]:
         return [*self._own_problems, *self._status.findings.problems]

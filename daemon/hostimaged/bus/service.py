@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection, MethodCall
     from hostimaged.bus.authorization import Member
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
     from hostimaged.jobs.job import Job
@@ -46,8 +47,8 @@ _logger = structlog.get_logger("hostimaged.bus")
 class Service:
     """Serves ``connection`` until ``stop``; all its tasks belong to ``tasks``.
 
-    ``history`` and ``holds`` are loaded already. ``load_settings`` reads the settings again, and may block.
-    ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
+    ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
+    block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Service:
         load_settings: Callable[[], tuple[Settings, list[SettingsProblem]]],
         history: History,
         holds: Holds,
+        updates: Updates,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -72,6 +74,7 @@ class Service:
         self._workers = workers
         self._history = history
         self._holds = holds
+        self._updates = updates
         self._load_settings = load_settings
         self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
@@ -85,6 +88,7 @@ class Service:
             status=self._status,
             history=history,
             holds=holds,
+            updates=updates,
             deployments=self._deployments,
             boot_id=boot_id,
             settings=settings,
@@ -163,7 +167,8 @@ class Service:
 
     def job_finished(self, job: Job) -> None:
         """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done."""
-        self._model.updates.job_ended(job, self._model.tracked)
+        if self._updates.job_ended(job, self._model.tracked):
+            self._tasks.create_task(self._updates.save())
         self._manager.refresh()
         self._jobs.change(job)
         self._manager.job_removed(JobRecord.of(job), job.path)
