@@ -459,6 +459,13 @@ class Connection(asyncio.Protocol):
         (uid,) = await self.call(BUS, BUS_PATH, BUS, "GetConnectionUnixUser", "s", [name], timeout=timeout)
         return int(uid)
 
+    async def process_id(self, name: str, timeout: float = 5.0) -> int:  # noqa: ASYNC109
+        """pid of the process that connected as ``name``, as the bus knows it; it may have ended since."""
+        (pid,) = await self.call(
+            BUS, BUS_PATH, BUS, "GetConnectionUnixProcessID", "s", [name], timeout=timeout
+        )
+        return int(pid)
+
     async def closed(self) -> BusClosed:
         """Wait until the connection is lost or closed; returns why."""
         await self._closed.wait()

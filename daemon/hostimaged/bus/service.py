@@ -79,7 +79,8 @@ class Service:
         self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
         authority = Authority(connection, tasks, own_uid=os.geteuid())
-        gate = Gate(Callers(connection, tasks), authority, paths)
+        callers = Callers(connection, tasks)
+        gate = Gate(callers, authority, paths)
         self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._deployments = DeploymentObjects(self._server, self._guarded)
@@ -94,7 +95,7 @@ class Service:
             settings=settings,
             settings_problems=settings_problems,
         )
-        self._methods = GuardedMethods(gate, self._model, self._queue, holds, self._reload)
+        self._methods = GuardedMethods(gate, callers, self._model, self._queue, holds, self._reload)
         self._jobs = JobObjects(self._server, gate, linger=linger)
         self._log_control = LogControl(self._server, gate, settings.log_level)
         self._manager = Manager(
