@@ -10,7 +10,8 @@ exposed to unprivileged users needs it:
   ignored alone.
 * it unmarshals whatever comes. Here a body over the limit (``Limits``) is skipped unread, and a burst of
   messages is handled in slices, so that the loop stays free.
-* it leaks file descriptors sent to it. Here they are not negotiated, and the bus refuses to deliver them.
+* it leaks file descriptors sent to it. Here they are not negotiated, and the bus refuses to deliver them; a
+  call that returns one has a connection of its own (``hostimage_dbus.descriptors``).
 * its calls hang when the bus dies, its cache of signatures grows for ever, its own answers show
   tracebacks.
 
@@ -489,6 +490,23 @@ class Connection(asyncio.Protocol):
         self._reason = self._reason or BusClosed(reason)
         if self._transport is not None:
             self._transport.abort()
+
+
+def encode_call(
+    serial: int, destination: str, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
+) -> bytes:
+    """A method call as bytes."""
+    message = Message(
+        destination=destination,
+        path=path,
+        interface=interface,
+        member=member,
+        signature=signature,
+        body=list(body),
+    )
+    message.serial = serial
+    data: bytes = message._marshall(False)  # noqa: SLF001 (the library's only marshalling door)
+    return data
 
 
 def _view(message: Any, *, oversize: bool) -> MethodCall:

@@ -23,6 +23,8 @@ from hostimaged.bus.polkit import Authority
 from hostimaged.bus.status import StatusCache
 from hostimaged.errors import HostimageError
 from hostimaged.jobs.history import JobRecord
+from hostimaged.jobs.inhibitors import Inhibitors
+from hostimaged.jobs.logind import Logind
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
 
@@ -80,7 +82,9 @@ class Service:
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
         authority = Authority(connection, tasks, own_uid=os.geteuid())
         callers = Callers(connection, tasks)
-        gate = Gate(callers, authority, paths)
+        logind = Logind(connection)
+        gate = Gate(callers, authority, logind, paths)
+        self._inhibitors = Inhibitors(logind.inhibit, tasks)
         self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._deployments = DeploymentObjects(self._server, self._guarded)
@@ -125,6 +129,7 @@ class Service:
         await self._queue.stop()
         await self._lanes
         self._jobs.close()
+        self._inhibitors.close()
 
     def _worker(self, operation: Operation) -> Worker:
         return Worker(self._workers, operation)
@@ -163,11 +168,16 @@ class Service:
         if only_progress:
             self._model.changed()
         else:
+            self._inhibitors.follow(job)
             self._manager.refresh()
             self._notifier.status(f"{job.kind} {job.target}: {job.state}")
 
     def job_finished(self, job: Job) -> None:
-        """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done."""
+        """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done.
+
+        By then nothing of it keeps the machine awake: who waits may want to restart it.
+        """
+        self._inhibitors.release(job)
         if self._updates.job_ended(job, self._model.tracked):
             self._tasks.create_task(self._updates.save())
         self._manager.refresh()
