@@ -105,6 +105,8 @@ class LogindDouble:
             connection.send(new_error(message, f"{_ERROR}InvalidArgs", "s", ("Invalid mode specification",)))
             return
         reading, writing = os.pipe()
+        # Before the answer: who gets it looks here.
+        self.locks.append(Lock(what, who, why, mode, reading))
         try:
             if self.answer == "flood":
                 _flood(connection, message.header.fields[HeaderFields.sender], writing)
@@ -116,7 +118,6 @@ class LogindDouble:
                 connection.send(new_method_return(message, "h", (writing,)))
         finally:
             os.close(writing)
-        self.locks.append(Lock(what, who, why, mode, reading))
 
 
 def _flood(connection: DBusConnection, name: str, descriptor: int) -> None:
