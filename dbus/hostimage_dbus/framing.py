@@ -151,10 +151,11 @@ class Framer:
 
 
 class Field(IntEnum):
-    """Header fields that are looked at without the library."""
+    """Header fields that are read or written without the library."""
 
     ERROR_NAME = 4
     REPLY_SERIAL = 5
+    DESTINATION = 6
     SIGNATURE = 8
     UNIX_FDS = 9
 
@@ -202,6 +203,18 @@ def _text(data: bytes | bytearray, position: int, width: int, order: str) -> tup
     (length,) = struct.unpack_from(order + ("B" if width == 1 else "I"), data, position)
     position += width
     return bytes(data[position : position + length]).decode(), position + length + 1
+
+
+def return_header(serial: int, reply_serial: int, destination: str, signature: str, body: int) -> bytes:
+    """The header of a METHOD_RETURN whose body has ``body`` bytes, in little endian."""
+    name = destination.encode()
+    fields = struct.pack("<BBcBI", Field.REPLY_SERIAL, 1, b"u", 0, reply_serial)
+    fields += struct.pack("<BBcBI", Field.DESTINATION, 1, b"s", 0, len(name)) + name + b"\0"
+    fields += bytes(-len(fields) & 7)
+    fields += struct.pack("<BBcBB", Field.SIGNATURE, 1, b"g", 0, len(signature)) + signature.encode() + b"\0"
+    no_reply_expected = 1
+    head = struct.pack("<cBBBIII", b"l", Kind.METHOD_RETURN, no_reply_expected, 1, body, serial, len(fields))
+    return head + fields + bytes(-len(fields) & 7)
 
 
 def parse_address(address: str) -> list[str]:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 53)]
+#: No D-Bus message holds a NUL: the bus ends the connection that sends one.
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
 
 def _hyphens(name: str) -> str:
@@ -20,25 +22,25 @@ class _Found(BaseModel):
 class ImageRow(_Found):
     """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
 
-    tag: str | None = None
-    manifest_digest: str | None = None
-    config_digest: str | None = None
-    reference: str | None = None
-    source_digest: str | None = None
+    tag: _Text | None = None
+    manifest_digest: _Text | None = None
+    config_digest: _Text | None = None
+    reference: _Text | None = None
+    source_digest: _Text | None = None
     pulled: _Size | None = None
-    version: str | None = None
+    version: _Text | None = None
     size: _Size | None = None
-    image_ids: list[str] | None = None
+    image_ids: list[_Text] | None = None
     artifact: bool = False
     deployed: bool = False
-    problem: str | None = None
+    problem: _Text | None = None
 
 
 class RepositoryRow(_Found):
     """The repository; ``used`` is in bytes."""
 
-    algorithm: str
-    formats: list[str]
+    algorithm: _Text
+    formats: list[_Text]
     secure: bool
     used: _Size
 
@@ -46,9 +48,9 @@ class RepositoryRow(_Found):
 class Problem(_Found):
     """Something wrong on this host."""
 
-    id: str
+    id: _Text
     severity: Literal["error", "warning"] = "error"
-    text: str
+    text: _Text
 
 
 class DeploymentRow(_Found):
@@ -57,15 +59,15 @@ class DeploymentRow(_Found):
     ``verity`` and ``boot_type`` as the properties of a Deployment on the bus.
     """
 
-    id: str = Field(pattern=r"^[0-9a-f]{32,128}$")
-    image: str = ""
-    image_digest: str = ""
-    config_digest: str = ""
-    version: str = ""
+    id: _Text = Field(pattern=r"^[0-9a-f]{32,128}$")
+    image: _Text = ""
+    image_digest: _Text = ""
+    config_digest: _Text = ""
+    version: _Text = ""
     timestamp: _Size = 0
-    boot_type: str = "bls"
-    boot_entries: list[str] = Field(default_factory=list)
-    kernel_arguments: str = ""
+    boot_type: _Text = "bls"
+    boot_entries: list[_Text] = Field(default_factory=list)
+    kernel_arguments: _Text = ""
     booted: bool = False
     staged: bool = False
     is_rollback: bool = False

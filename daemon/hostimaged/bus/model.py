@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState
+from hostimage_dbus.transport import Encoded
 from hostimaged import __version__
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
@@ -54,7 +55,7 @@ class Model:
         self._updates = updates
         self._deployments = deployments
         self._boot_id = boot_id
-        self._document: str | None = None
+        self._answer: Encoded | None = None
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -65,7 +66,7 @@ class Model:
 
     def changed(self) -> None:
         """Something in the status document changed."""
-        self._document = None
+        self._answer = None
 
     # hostimaged.bus.requests.World
 
@@ -121,10 +122,10 @@ class Model:
             "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
         }
 
-    def document(self) -> str:
-        """The native status document."""
-        if self._document is None:
-            self._document = self._status.document(
+    def answer(self) -> Encoded:
+        """The native status document, as GetStatus returns it."""
+        if self._answer is None:
+            document = self._status.document(
                 daemon={"version": __version__, "bootId": self._boot_id, "state": self._state()},
                 tracked_image=self.tracked_image,
                 jobs=self._queue.jobs,
@@ -133,7 +134,8 @@ class Model:
                 update=self._update(),
                 holds=self._holds.documents,
             )
-        return self._document
+            self._answer = Encoded.of("s", [document])
+        return self._answer
 
     def _state(self) -> str:
         active = self._queue.active

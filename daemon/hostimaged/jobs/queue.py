@@ -64,7 +64,7 @@ class StatusKeeper(Protocol):
     def begin(self) -> int:
         """A scan begins; gives its place in the order of scans."""
 
-    def take(self, place: int, status: dict[str, Any]) -> None:
+    async def take(self, place: int, status: dict[str, Any]) -> None:
         """A scan found ``status``."""
 
     async def refresh(self) -> None:
@@ -242,13 +242,11 @@ class JobQueue:
             job.start()
             _logger.info("job.start", id=job.id)
             self._observer.job_changed(job, only_progress=False)
-        scanned = False
+        scans: list[tuple[int, dict[str, Any]]] = []
 
         def on_event(event: Event) -> None:
-            nonlocal scanned
             if isinstance(event, StatusEvent):
-                scanned = True
-                self._status.take(self._status.begin(), event.status)
+                scans.append((self._status.begin(), event.status))
             else:
                 self._take(job, event)
 
@@ -263,9 +261,11 @@ class JobQueue:
             outcome = Outcome(failure=Failure.of(Internal()))
         del self._workers[job.id]
         self._turns.ended(job)
+        for place, status in scans[-1:]:
+            await self._status.take(place, status)
         if self._gave_way(job, outcome):
             return
-        if job.operation.mutating and not scanned:
+        if job.operation.mutating and not scans:
             if job.state is JobState.RUNNING:
                 job.state = JobState.FINALIZING
                 self._observer.job_changed(job, only_progress=False)

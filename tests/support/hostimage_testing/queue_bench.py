@@ -88,7 +88,7 @@ class Bench:
     def begin(self) -> int:
         return len(self.scans)
 
-    def take(self, place: int, status: dict[str, Any]) -> None:
+    async def take(self, place: int, status: dict[str, Any]) -> None:
         del place
         self.scans.append(status)
 
