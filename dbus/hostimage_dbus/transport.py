@@ -26,12 +26,12 @@ import logging
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from hostimage_dbus.early import EarlyCalls
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.framing import (
     MAX_AUTH_LINE,
@@ -89,8 +89,6 @@ _READ_AHEAD: Final = 1 << 20
 _CONGESTED: Final = 256 << 10
 #: A bus that leaves this much unread does not live any more.
 _WRITE_LIMIT: Final = 64 << 20
-#: Method calls that may wait until a handler is set.
-_EARLY_CALLS: Final = 256
 #: The library keeps every signature it ever saw, and callers choose signatures.
 _SIGNATURE_CACHE: Final = 4096
 _CLOSE_TIMEOUT: Final = 2.0
@@ -155,7 +153,8 @@ class Connection(asyncio.Protocol):
         self._pending: dict[int, asyncio.Future[list[Any]]] = {}
         self._signal_callbacks: list[SignalCallback] = []
         self._handler: Callable[[MethodCall], None] | None = None
-        self._early: deque[MethodCall] = deque()
+        self._early: EarlyCalls[MethodCall] = EarlyCalls(self._ask_for_user, self._refuse)
+        self._waiting: Iterator[MethodCall] = iter(())
         self._scheduled = False
         self._congested = False
 
@@ -300,12 +299,35 @@ class Connection(asyncio.Protocol):
             self._receive_reply(message, oversize=frame.oversize)
 
     def _receive_call(self, call: MethodCall) -> None:
-        if self._handler is None:
-            if len(self._early) < _EARLY_CALLS:
-                self._early.append(call)
-            else:
-                self.reply_error(call, ErrorName.LIMITS_EXCEEDED, "too many calls while starting")
-            return
+        if self._handler is None or len(self._early):
+            self._early.add(call.sender, call)
+        else:
+            self._handle(call)
+
+    def _refuse(self, call: MethodCall) -> None:
+        self.reply_error(call, ErrorName.LIMITS_EXCEEDED, "too many calls while starting")
+
+    def _ask_for_user(self, name: str) -> None:
+        """Ask the bus whose connection ``name`` is."""
+        message = Message(
+            destination=BUS,
+            path=BUS_PATH,
+            interface=BUS,
+            member="GetConnectionUnixUser",
+            signature="s",
+            body=[name],
+        )
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def answered(future: asyncio.Future[list[Any]]) -> None:
+            found = None if future.cancelled() or future.exception() is not None else future.result()
+            self._early.answered(name, found[0] if found else None)
+
+        future.add_done_callback(answered)
+        self._send(message, future)
+
+    def _handle(self, call: MethodCall) -> None:
+        assert self._handler is not None
         try:
             self._handler(call)
         except Exception:
@@ -448,8 +470,17 @@ class Connection(asyncio.Protocol):
     def set_handler(self, handler: Callable[[MethodCall], None]) -> None:
         """Give every method call to ``handler``, also those received before; it answers by ``reply``."""
         self._handler = handler
-        while self._early:
-            self._receive_call(self._early.popleft())
+        self._waiting = self._early.take()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Handle the calls that waited, in slices of the loop's time."""
+        end = time.monotonic() + _SLICE
+        for call in self._waiting:
+            self._handle(call)
+            if time.monotonic() > end and not self._closed.is_set():
+                asyncio.get_running_loop().call_soon(self._drain)
+                break
 
     def on_signal(self, callback: SignalCallback) -> Callable[[], None]:
         """Call ``callback(path, interface, member, body, sender)`` for every signal; returns what ends it."""
