@@ -111,6 +111,7 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
     from hostimaged import config, log
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.service import Service
+    from hostimaged.bus.updates import Updates
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
 
@@ -122,6 +123,8 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
     history.load()
     holds = Holds(paths.holds_file, boot_id)
     holds.load()
+    updates = Updates(paths.updates_file, boot_id)
+    updates.load()
 
     def make(connection: Connection, tasks: asyncio.TaskGroup, notifier: Notifier) -> Service:
         return Service(
@@ -134,6 +137,7 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
             load_settings=lambda: config.load(paths.settings),
             history=history,
             holds=holds,
+            updates=updates,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

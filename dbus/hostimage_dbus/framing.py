@@ -28,6 +28,20 @@ _KNOWN_FLAGS: Final = 0x07
 _OK_LINE: Final = re.compile(rb"OK [0-9a-fA-F]*\Z")
 
 
+_FIXED_TYPES: Final = {
+    "y": "B",
+    "n": "h",
+    "q": "H",
+    "i": "i",
+    "u": "I",
+    "b": "I",
+    "h": "I",
+    "x": "q",
+    "t": "Q",
+}
+_TEXT_TYPES: Final = {"s": 4, "o": 4, "g": 1}
+
+
 class ProtocolError(Exception):
     """The peer does not speak D-Bus as the specification says; the connection cannot go on."""
 
@@ -76,6 +90,8 @@ class Framer:
         self._limits = limits
         self._buffer = bytearray()
         self._skip = 0
+        #: Messages that were dropped without being handed out, because their header was too long.
+        self.unseen = 0
 
     def feed(self, data: bytes) -> None:
         """Take in bytes of the stream."""
@@ -111,6 +127,7 @@ class Framer:
             return Frame(kind, self._take(total), oversize=False)
         if header > MAX_HEADER:
             self._drop(total)
+            self.unseen += 1
             return self.next()
         if len(buffer) < header:
             return None
@@ -131,6 +148,73 @@ class Framer:
         here = min(count, len(self._buffer))
         del self._buffer[:here]
         self._skip += count - here
+
+
+class Field(IntEnum):
+    """Header fields that are read or written without the library."""
+
+    ERROR_NAME = 4
+    REPLY_SERIAL = 5
+    DESTINATION = 6
+    SIGNATURE = 8
+    UNIX_FDS = 9
+
+
+def header_fields(data: bytes | bytearray) -> dict[int, int | str]:
+    """The header fields of the message that begins with ``data``: numbers and texts.
+
+    Raises ``ProtocolError`` for a header that is not as the specification says ("Message Format"), or has a
+    field of a type that no known field has.
+    """
+    order = {_LITTLE_ENDIAN: "<", _BIG_ENDIAN: ">"}.get(data[0] if data else 0)
+    if order is None or len(data) < FIXED_HEADER:
+        raise ProtocolError("message without endianness mark")
+    try:
+        (length,) = struct.unpack_from(order + "I", data, FIXED_HEADER - 4)
+        end, position = FIXED_HEADER + length, FIXED_HEADER
+        fields: dict[int, int | str] = {}
+        while position < end:
+            position = _aligned(position, 8)
+            code = data[position]
+            kind, position = _text(data, position + 1, 1, order)
+            if kind in _FIXED_TYPES:
+                size = struct.calcsize(_FIXED_TYPES[kind])
+                position = _aligned(position, size)
+                (fields[code],) = struct.unpack_from(order + _FIXED_TYPES[kind], data, position)
+                position += size
+            elif kind in _TEXT_TYPES:
+                fields[code], position = _text(data, position, _TEXT_TYPES[kind], order)
+            else:
+                raise ProtocolError("header field of an unknown type")
+    except (IndexError, struct.error, UnicodeDecodeError):
+        raise ProtocolError("header that is cut short or not text") from None
+    if position > end or end > len(data):
+        raise ProtocolError("header fields beyond the header")
+    return fields
+
+
+def _aligned(position: int, to: int) -> int:
+    return position + (-position & (to - 1))
+
+
+def _text(data: bytes | bytearray, position: int, width: int, order: str) -> tuple[str, int]:
+    """A string or signature, whose length has ``width`` bytes, and the position behind it."""
+    position = _aligned(position, width)
+    (length,) = struct.unpack_from(order + ("B" if width == 1 else "I"), data, position)
+    position += width
+    return bytes(data[position : position + length]).decode(), position + length + 1
+
+
+def return_header(serial: int, reply_serial: int, destination: str, signature: str, body: int) -> bytes:
+    """The header of a METHOD_RETURN whose body has ``body`` bytes, in little endian."""
+    name = destination.encode()
+    fields = struct.pack("<BBcBI", Field.REPLY_SERIAL, 1, b"u", 0, reply_serial)
+    fields += struct.pack("<BBcBI", Field.DESTINATION, 1, b"s", 0, len(name)) + name + b"\0"
+    fields += bytes(-len(fields) & 7)
+    fields += struct.pack("<BBcBB", Field.SIGNATURE, 1, b"g", 0, len(signature)) + signature.encode() + b"\0"
+    no_reply_expected = 1
+    head = struct.pack("<cBBBIII", b"l", Kind.METHOD_RETURN, no_reply_expected, 1, body, serial, len(fields))
+    return head + fields + bytes(-len(fields) & 7)
 
 
 def parse_address(address: str) -> list[str]:
@@ -159,11 +243,13 @@ def auth_request(uid: int) -> bytes:
     return b"\0AUTH EXTERNAL " + str(uid).encode().hex().encode() + b"\r\n"
 
 
-def auth_answer(line: bytes) -> bytes:
-    """What to send after the server's answer; file descriptors are never negotiated.
+def auth_answer(line: bytes, *, descriptors: bool = False) -> bytes:
+    """What to send after the server's answer; with ``descriptors``, those are negotiated first.
 
     Raises ``ProtocolError`` if the server refuses.
     """
+    if line == b"AGREE_UNIX_FD" and descriptors:
+        return b"BEGIN\r\n"
     if not _OK_LINE.match(line):
         raise ProtocolError("the bus refused the authentication")
-    return b"BEGIN\r\n"
+    return b"NEGOTIATE_UNIX_FD\r\n" if descriptors else b"BEGIN\r\n"

@@ -17,7 +17,16 @@ from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method
-from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Connection, MethodCall, Variant
+from hostimage_dbus.transport import (
+    BUS,
+    BUS_PATH,
+    BusClosed,
+    BusError,
+    Connection,
+    Encoded,
+    MethodCall,
+    Variant,
+)
 
 __all__ = ["Export", "Handler", "ObjectServer", "Setter"]
 
@@ -38,7 +47,7 @@ CALLS_IN_ALL: Final = 4096
 _INTERNAL: Final = "internal error; the journal has the details"
 
 #: Gets a call whose signature was checked; returns the values of the answer, now or later.
-Handler = Callable[[MethodCall], Sequence[Any] | Awaitable[Sequence[Any]]]
+Handler = Callable[[MethodCall], Sequence[Any] | Encoded | Awaitable[Sequence[Any]]]
 #: Gets the call that sets a property, and the new value, whose type was checked.
 Setter = Callable[[MethodCall, Any], Awaitable[None]]
 

@@ -10,7 +10,8 @@ exposed to unprivileged users needs it:
   ignored alone.
 * it unmarshals whatever comes. Here a body over the limit (``Limits``) is skipped unread, and a burst of
   messages is handled in slices, so that the loop stays free.
-* it leaks file descriptors sent to it. Here they are not negotiated, and the bus refuses to deliver them.
+* it leaks file descriptors sent to it. Here they are not negotiated, and the bus refuses to deliver them; a
+  call that returns one has a connection of its own (``hostimage_dbus.descriptors``).
 * its calls hang when the bus dies, its cache of signatures grows for ever, its own answers show
   tracebacks.
 
@@ -25,12 +26,12 @@ import logging
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from hostimage_dbus.early import EarlyCalls
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.framing import (
     MAX_AUTH_LINE,
@@ -42,6 +43,7 @@ from hostimage_dbus.framing import (
     auth_answer,
     auth_request,
     parse_address,
+    return_header,
 )
 
 if sys.version_info >= (3, 15) or os.environ.get("HOSTIMAGE_DBUS_LIBRARY") == "dbus-fast":
@@ -62,7 +64,16 @@ else:
 
         _SIGNATURES = {}
 
-__all__ = ["BusClosed", "BusError", "Connection", "Limits", "MethodCall", "SignalCallback", "Variant"]
+__all__ = [
+    "BusClosed",
+    "BusError",
+    "Connection",
+    "Encoded",
+    "Limits",
+    "MethodCall",
+    "SignalCallback",
+    "Variant",
+]
 
 BUS: Final = "org.freedesktop.DBus"
 BUS_PATH: Final = "/org/freedesktop/DBus"
@@ -78,8 +89,6 @@ _READ_AHEAD: Final = 1 << 20
 _CONGESTED: Final = 256 << 10
 #: A bus that leaves this much unread does not live any more.
 _WRITE_LIMIT: Final = 64 << 20
-#: Method calls that may wait until a handler is set.
-_EARLY_CALLS: Final = 256
 #: The library keeps every signature it ever saw, and callers choose signatures.
 _SIGNATURE_CACHE: Final = 4096
 _CLOSE_TIMEOUT: Final = 2.0
@@ -144,7 +153,8 @@ class Connection(asyncio.Protocol):
         self._pending: dict[int, asyncio.Future[list[Any]]] = {}
         self._signal_callbacks: list[SignalCallback] = []
         self._handler: Callable[[MethodCall], None] | None = None
-        self._early: deque[MethodCall] = deque()
+        self._early: EarlyCalls[MethodCall] = EarlyCalls(self._ask_for_user, self._refuse)
+        self._waiting: Iterator[MethodCall] = iter(())
         self._scheduled = False
         self._congested = False
 
@@ -289,12 +299,35 @@ class Connection(asyncio.Protocol):
             self._receive_reply(message, oversize=frame.oversize)
 
     def _receive_call(self, call: MethodCall) -> None:
-        if self._handler is None:
-            if len(self._early) < _EARLY_CALLS:
-                self._early.append(call)
-            else:
-                self.reply_error(call, ErrorName.LIMITS_EXCEEDED, "too many calls while starting")
-            return
+        if self._handler is None or len(self._early):
+            self._early.add(call.sender, call)
+        else:
+            self._handle(call)
+
+    def _refuse(self, call: MethodCall) -> None:
+        self.reply_error(call, ErrorName.LIMITS_EXCEEDED, "too many calls while starting")
+
+    def _ask_for_user(self, name: str) -> None:
+        """Ask the bus whose connection ``name`` is."""
+        message = Message(
+            destination=BUS,
+            path=BUS_PATH,
+            interface=BUS,
+            member="GetConnectionUnixUser",
+            signature="s",
+            body=[name],
+        )
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def answered(future: asyncio.Future[list[Any]]) -> None:
+            found = None if future.cancelled() or future.exception() is not None else future.result()
+            self._early.answered(name, found[0] if found else None)
+
+        future.add_done_callback(answered)
+        self._send(message, future)
+
+    def _handle(self, call: MethodCall) -> None:
+        assert self._handler is not None
         try:
             self._handler(call)
         except Exception:
@@ -381,9 +414,16 @@ class Connection(asyncio.Protocol):
         self._send(Message.new_signal(path, interface, member, signature, list(body)))
         return True
 
-    def reply(self, call: MethodCall, signature: str = "", body: Sequence[Any] = ()) -> None:
+    def reply(self, call: MethodCall, signature: str = "", body: Sequence[Any] | Encoded = ()) -> None:
         """Answer ``call``; nothing is sent if the caller wants no answer or the bus is gone."""
-        if not call.no_reply and not self._closed.is_set():
+        if call.no_reply or self._closed.is_set():
+            return
+        if isinstance(body, Encoded):
+            assert body.signature == signature
+            self._serial = self._serial % 0xFFFFFFFF + 1
+            data = body.data
+            self._write(return_header(self._serial, call.serial, call.sender, signature, len(data)) + data)
+        else:
             self._send(
                 Message(
                     message_type=MessageType.METHOD_RETURN,
@@ -416,18 +456,31 @@ class Connection(asyncio.Protocol):
         data = message._marshall(False)  # noqa: SLF001 (the library's only marshalling door)
         if future is not None:
             self._pending[self._serial] = future
+        self._write(data)
+        return self._serial
+
+    def _write(self, data: bytes) -> None:
+        assert self._transport is not None
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > _WRITE_LIMIT:
             self._abort("the bus takes no messages")
-        return self._serial
 
     # the bus itself
 
     def set_handler(self, handler: Callable[[MethodCall], None]) -> None:
         """Give every method call to ``handler``, also those received before; it answers by ``reply``."""
         self._handler = handler
-        while self._early:
-            self._receive_call(self._early.popleft())
+        self._waiting = self._early.take()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Handle the calls that waited, in slices of the loop's time."""
+        end = time.monotonic() + _SLICE
+        for call in self._waiting:
+            self._handle(call)
+            if time.monotonic() > end and not self._closed.is_set():
+                asyncio.get_running_loop().call_soon(self._drain)
+                break
 
     def on_signal(self, callback: SignalCallback) -> Callable[[], None]:
         """Call ``callback(path, interface, member, body, sender)`` for every signal; returns what ends it."""
@@ -459,6 +512,13 @@ class Connection(asyncio.Protocol):
         (uid,) = await self.call(BUS, BUS_PATH, BUS, "GetConnectionUnixUser", "s", [name], timeout=timeout)
         return int(uid)
 
+    async def process_id(self, name: str, timeout: float = 5.0) -> int:  # noqa: ASYNC109
+        """pid of the process that connected as ``name``, as the bus knows it; it may have ended since."""
+        (pid,) = await self.call(
+            BUS, BUS_PATH, BUS, "GetConnectionUnixProcessID", "s", [name], timeout=timeout
+        )
+        return int(pid)
+
     async def closed(self) -> BusClosed:
         """Wait until the connection is lost or closed; returns why."""
         await self._closed.wait()
@@ -482,6 +542,42 @@ class Connection(asyncio.Protocol):
         self._reason = self._reason or BusClosed(reason)
         if self._transport is not None:
             self._transport.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The body of an answer as bytes, for one that is large, or given often."""
+
+    signature: str
+    data: bytes
+
+    @classmethod
+    def of(cls, signature: str, body: Sequence[Any]) -> Self:
+        """Encode ``body``; may be done in any thread."""
+        message = Message(
+            message_type=MessageType.METHOD_RETURN, reply_serial=1, signature=signature, body=list(body)
+        )
+        message.serial = 1
+        # The library has no door to the body alone. It begins at a multiple of 8, so nothing in it moves.
+        data: bytes = message._marshall(False)  # noqa: SLF001
+        return cls(signature, bytes(data[len(data) - int.from_bytes(data[4:8], "little") :]))
+
+
+def encode_call(
+    serial: int, destination: str, path: str, interface: str, member: str, signature: str, body: Sequence[Any]
+) -> bytes:
+    """A method call as bytes."""
+    message = Message(
+        destination=destination,
+        path=path,
+        interface=interface,
+        member=member,
+        signature=signature,
+        body=list(body),
+    )
+    message.serial = serial
+    data: bytes = message._marshall(False)  # noqa: SLF001 (the library's only marshalling door)
+    return data
 
 
 def _view(message: Any, *, oversize: bool) -> MethodCall:

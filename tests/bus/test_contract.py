@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
+from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -24,8 +28,9 @@ from hostimage_dbus.names import (
     deployment_path,
 )
 from hostimage_dbus.transport import BusError, Variant
-from hostimage_testing.bus import PATIENCE, PROPERTIES, Client, Daemon, error_of, now, plain, steps_until
+from hostimage_testing.bus import PATIENCE, PROPERTIES, Bus, Client, Daemon, error_of, now, plain, steps_until
 from hostimage_testing.tools import absent, require, run
+from hostimage_testing.users import NEEDS_ROOT, SOMEBODY, user
 from hostimaged.bus.authorization import Action, Facts, Member, required
 from hostimaged.bus.options import OPTIONS
 
@@ -34,8 +39,8 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 INTERFACES = (MANAGER_INTERFACE, DEPLOYMENT_INTERFACE, JOB_INTERFACE, LOG_CONTROL_INTERFACE)
 SHIPPED = {name: load(f"{name}.xml")[name] for name in INTERFACES}
 DEPLOYMENT = "a" * 64
-#: Budgets are for a quiet machine; see the testing notes.
-SLACK = 5
+#: Seconds that Python takes to start and end on a quiet machine of today.
+QUIET_START = 0.03
 
 
 async def _introspect(client: Client, path: str) -> ET.Element:
@@ -253,19 +258,38 @@ async def test_gdbus_watches_properties(daemon: Daemon, client: Client) -> None:
     assert any("'ActiveJob': <objectpath '/'>" in line for line in changed)
 
 
-async def test_name_is_owned_fast_and_status_follows(real_daemon: Daemon, client: Client) -> None:
-    best = {"name": 99.0, "status": 99.0}
-    for _ in range(3):
+def interpreter_start() -> float:
+    """Seconds that Python takes to start and end, with nothing to do."""
+    started = now()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    return now() - started
+
+
+async def test_name_is_owned_fast_and_status_follows(
+    real_daemon: Daemon, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Name within 0.5 s, first status within 1 s; a busy machine gets as much more as Python itself needs."""
+    names, statuses, controls, cpu = [], [], [], []
+    for _ in range(4):
+        controls.append(await asyncio.to_thread(interpreter_start))
         owned = client.owner_appears()
         started = now()
         real_daemon.spawn()
         await owned
-        best["name"] = min(best["name"], now() - started)
+        names.append(now() - started)
         await client.status()
-        best["status"] = min(best["status"], now() - started)
+        statuses.append(now() - started)
+        cpu.append(real_daemon.cpu())
         await real_daemon.end()
-    assert best["name"] < 0.5 * SLACK
-    assert best["status"] < 1.0 * SLACK
+    await asyncio.get_running_loop().shutdown_default_executor()
+    busy = max(1.0, min(controls) / QUIET_START)
+    with capsys.disabled():
+        print(
+            f"\nname owned after {min(names):.3f} s, first status after {min(statuses):.3f} s, "
+            f"{min(cpu):.2f} s of a processor, python -c pass {min(controls):.3f} s"
+        )
+    assert min(names) < 0.5 * busy
+    assert min(statuses) < 1.0 * busy
 
 
 async def test_calls_during_the_start_are_answered(real_daemon: Daemon, client: Client) -> None:
@@ -276,6 +300,35 @@ async def test_calls_during_the_start_are_answered(real_daemon: Daemon, client: 
     assert (await client.status())["schema"] == 1
     with pytest.raises(BusError):
         await client.connection.call(BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, "Nothing", timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("connections", [pytest.param(30, marks=NEEDS_ROOT)])
+async def test_a_flood_during_the_start_keeps_nobody_out(
+    real_daemon: Daemon, bus: Bus, client: Client, connections: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        flood = [await stack.enter_async_context(user(bus)) for _ in range(connections)]
+        other = await stack.enter_async_context(user(bus, SOMEBODY))
+        owned = client.owner_appears()
+        real_daemon.spawn()
+        await owned
+        calls = [asyncio.create_task(outcome(one)) for one in flood for _ in range(50)]
+        await asyncio.sleep(0)
+        statuses = await asyncio.gather(other.status(), client.status())
+        assert [status["schema"] for status in statuses] == [1, 1]
+        answers = Counter(await asyncio.gather(*calls))
+        # How many were early depends on the machine; each has its answer.
+        assert answers.keys() <= {"", str(ErrorName.LIMITS_EXCEEDED)}
+        assert answers[""] >= 64
+
+
+async def outcome(client: Client) -> str:
+    """Ask for the status; the error name, "" for none."""
+    try:
+        await client.status()
+    except BusError as error:
+        return error.name
+    return ""
 
 
 def _comments(interface: Interface) -> dict[str, str]:

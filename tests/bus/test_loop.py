@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,9 +20,11 @@ from hostimage_dbus.transport import Connection
 from hostimage_testing.bus import Bus, Client, Daemon
 from hostimaged.bus.holds import Holds
 from hostimaged.bus.service import Service
+from hostimaged.bus.updates import Updates
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import WorkerSettings
+from hostimaged.system import units
 from hostimaged.system.notify import Notifier
 from hostimaged.system.paths import HostPaths
 
@@ -67,6 +70,7 @@ async def service(bus: Bus, tmp_path: Path, interfaces: dict[str, Interface]) ->
             settings_problems=[],
             load_settings=lambda: (Settings(), []),
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
+            updates=Updates(root / "run/hostimaged/check.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",
@@ -92,6 +96,21 @@ async def test_nothing_blocks_the_loop(service: Daemon, client: Client, stalls: 
     assert (await client.removed(path))[3] == "done"
     await client.removed(cancelled)
     assert max(stalls) < LONGEST_CALLBACK, sorted(stalls)[-5:]
+
+
+async def test_a_job_tells_the_unit_of_its_initiator(
+    service: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = units._read
+    monkeypatch.setattr(
+        units,
+        "_read",
+        lambda path, limit: "0::/x.slice/it.service" if path.endswith("cgroup") else real(path, limit),
+    )
+    path = await client.pull(service.script("job", {"result": {}}), client_id="me")
+    await client.removed(path)
+    expected = {"uid": os.getuid(), "unit": "it.service", "client-id": "me"}
+    assert (await client.job(path))["Initiator"] == expected
 
 
 async def test_a_job_that_ended_goes_away(service: Daemon, client: Client) -> None:

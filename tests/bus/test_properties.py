@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from importlib import resources
@@ -95,6 +96,33 @@ async def test_a_check_that_fails_keeps_what_was_known(daemon: Daemon, client: C
     update, (_, *error) = await manager(client, "Update", "LastCheck")
     assert update["version"] == "2.0"
     assert error == [ErrorName.NETWORK, "no network"]
+
+
+async def test_a_check_outlives_the_daemon(daemon: Daemon, client: Client, tmp_path: Path) -> None:
+    page = "https://os.example/changes"
+    image = daemon.script(
+        "image", {"result": {"manifest-digest": DIGEST["a"], "version": "2.0", "changelog-url": page}}
+    )
+    daemon.settings(f'tracked-image = "{image}"\n')
+    await daemon.start()
+    await client.removed(await client.check())
+    known = await manager(client, "Update", "LastCheck")
+    assert known[0]["changelog-url"] == page
+    async with asyncio.timeout(20):
+        while not os.path.exists(tmp_path / "root/run/hostimaged/check.json"):  # noqa: ASYNC110, ASYNC240
+            await asyncio.sleep(0.01)
+    await daemon.end()
+    await daemon.start()
+    assert await manager(client, "Update", "LastCheck") == known
+    # Nobody wants to know of an image that is not tracked any more.
+    daemon.settings('tracked-image = "oci:/other"\n')
+    await client.manager("Reload")
+    assert await manager(client, "Update", "LastCheck") == [{}, [0, "", ""]]
+    assert client.changes(ROOT_PATH, MANAGER_INTERFACE, "Update")[-1] == {}
+    # Tracked again, it is known as before.
+    daemon.settings(f'tracked-image = "{image}"\n')
+    await client.manager("Reload")
+    assert await manager(client, "Update", "LastCheck") == known
 
 
 async def test_a_check_of_another_image_is_nobodys_update(daemon: Daemon, client: Client) -> None:

@@ -108,6 +108,11 @@ _ALWAYS: Final[Mapping[Member, Action | None]] = {
 _ESCALATING: Final = ("allow-downgrade", "retry-failed")
 
 
+def reboots(options: Mapping[str, object]) -> bool:
+    """Whether a call asks for a reboot."""
+    return options.get("apply", "none") != "none"
+
+
 def required(
     member: Member, options: Mapping[str, object], facts: Facts, *, image: str = ""
 ) -> tuple[Action | LogindAction, ...]:
@@ -123,7 +128,7 @@ def required(
         action = Action.SWITCH_IMAGE
     if action is Action.UPDATE and not facts.source_trusted:
         action = Action.SWITCH_IMAGE
-    if options.get("apply", "none") == "none":
+    if not reboots(options):
         return (action,)
     reboot = LogindAction.REBOOT_MULTIPLE_SESSIONS if facts.other_sessions else LogindAction.REBOOT
     return (action, reboot)

@@ -11,6 +11,7 @@ import structlog
 from hostimage_dbus.transport import BusClosed, BusError
 from hostimaged.bus.polkit import Caller
 from hostimaged.errors import AccessDenied, LimitsExceeded
+from hostimaged.system.units import unit_of_process
 
 if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection
@@ -60,6 +61,14 @@ class Callers:
         if caller is None:
             raise AccessDenied("the bus does not say who calls")
         return caller
+
+    async def unit(self, caller: Caller) -> str:
+        """The systemd unit that the caller's process is in, for people; "" if it cannot be found out."""
+        try:
+            pid = await self._connection.process_id(caller.name, _LOOKUP_TIMEOUT)
+        except BusError:
+            return ""
+        return await asyncio.to_thread(unit_of_process, pid, caller.uid)
 
     async def _ask(self, name: str) -> Caller | None:
         try:

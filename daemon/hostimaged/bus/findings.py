@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 53)]
+#: No D-Bus message holds a NUL: the bus ends the connection that sends one.
+_Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
 
 def _hyphens(name: str) -> str:
@@ -20,25 +22,25 @@ class _Found(BaseModel):
 class ImageRow(_Found):
     """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
 
-    tag: str | None = None
-    manifest_digest: str | None = None
-    config_digest: str | None = None
-    reference: str | None = None
-    source_digest: str | None = None
+    tag: _Text | None = None
+    manifest_digest: _Text | None = None
+    config_digest: _Text | None = None
+    reference: _Text | None = None
+    source_digest: _Text | None = None
     pulled: _Size | None = None
-    version: str | None = None
+    version: _Text | None = None
     size: _Size | None = None
-    image_ids: list[str] | None = None
+    image_ids: list[_Text] | None = None
     artifact: bool = False
     deployed: bool = False
-    problem: str | None = None
+    problem: _Text | None = None
 
 
 class RepositoryRow(_Found):
     """The repository; ``used`` is in bytes."""
 
-    algorithm: str
-    formats: list[str]
+    algorithm: _Text
+    formats: list[_Text]
     secure: bool
     used: _Size
 
@@ -46,9 +48,9 @@ class RepositoryRow(_Found):
 class Problem(_Found):
     """Something wrong on this host."""
 
-    id: str
+    id: _Text
     severity: Literal["error", "warning"] = "error"
-    text: str
+    text: _Text
 
 
 class DeploymentRow(_Found):
@@ -57,17 +59,17 @@ class DeploymentRow(_Found):
     ``verity`` and ``boot_type`` as the properties of a Deployment on the bus.
     """
 
-    id: str = Field(pattern=r"^[0-9a-f]{32,128}$")
-    image: str = ""
-    image_digest: str = ""
-    config_digest: str = ""
-    version: str = ""
+    id: _Text = Field(pattern=r"^[0-9a-f]{32,128}$")
+    image: _Text = ""
+    image_digest: _Text = ""
+    config_digest: _Text = ""
+    version: _Text = ""
     timestamp: _Size = 0
-    architecture: str = ""
-    boot_digest: str = ""
-    boot_type: str = "bls"
-    boot_entries: list[str] = Field(default_factory=list)
-    kernel_arguments: str = ""
+    architecture: _Text = ""
+    boot_digest: _Text = ""
+    boot_type: _Text = "bls"
+    boot_entries: list[_Text] = Field(default_factory=list)
+    kernel_arguments: _Text = ""
     booted: bool = False
     staged: bool = False
     is_rollback: bool = False
@@ -75,7 +77,7 @@ class DeploymentRow(_Found):
     pinned: bool = False
     locked: bool = False
     soft_reboot_capable: bool = False
-    soft_reboot_obstacle: str = ""
+    soft_reboot_obstacle: _Text = ""
     verity: Literal["ok", "unverified", "broken"] = "unverified"
     order: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     size_exclusive: _Size = 0
@@ -85,12 +87,12 @@ class DeploymentRow(_Found):
 class HostRow(_Found):
     """The host as a whole; ``next`` is the id of what an orderly reboot boots, or empty."""
 
-    bootloader: str
-    next: str = ""
+    bootloader: _Text
+    next: _Text = ""
     soft_rebooted: bool = False
     transient_root: bool = False
     verity_optional: bool = False
-    usr_overlay: str = ""
+    usr_overlay: _Text = ""
     read_only: bool = False
 
 

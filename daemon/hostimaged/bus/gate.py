@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-from hostimaged.bus.authorization import Action, Facts, Member, required
+from hostimaged.bus.authorization import Action, Facts, Member, reboots, required
 from hostimaged.bus.limits import Slots
 from hostimaged.errors import AccessDenied
 from hostimaged.oci.reference import ImageReference
@@ -29,12 +29,23 @@ _RESERVE: Final = 64
 _ROUNDS: Final = 8
 
 
-class Gate:
-    """Lets callers in whom ``authority`` allows what they ask for on the host with ``paths``."""
+class Sessions(Protocol):
+    """Knows who is logged in."""
 
-    def __init__(self, callers: Callers, authority: Authority, paths: HostPaths) -> None:
+    async def other_sessions(self, uid: int) -> bool:
+        """Whether users other than ``uid`` are; True as well if that is not known."""
+
+
+class Gate:
+    """Lets callers in whom ``authority`` allows what they ask for on the host with ``paths``.
+
+    ``sessions`` knows who else would lose work by a reboot.
+    """
+
+    def __init__(self, callers: Callers, authority: Authority, sessions: Sessions, paths: HostPaths) -> None:
         self._callers = callers
         self._authority = authority
+        self._sessions = sessions
         self._paths = paths
         self._under_way = Slots("calls", per_uid=CALLS_PER_UID, total=CALLS_IN_ALL, reserve=_RESERVE)
 
@@ -78,9 +89,15 @@ class Gate:
         for _ in range(_ROUNDS):
             request = prepare()
             trusted = await self._is_trusted(request)
+            others = not reboots(request.options) or await self._sessions.other_sessions(caller.uid)
             if prepare() != request:
                 continue
-            facts = Facts(source_trusted=trusted, newest_of_tracked=request.newest, joined=joined(caller))
+            facts = Facts(
+                source_trusted=trusted,
+                newest_of_tracked=request.newest,
+                joined=joined(caller),
+                other_sessions=others,
+            )
             details = request.details
             key = frozenset(details.items())
             needed = required(request.member, request.options, facts, image=request.image)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from hostimage_dbus.transport import MethodCall
+    from hostimaged.bus.callers import Callers
     from hostimaged.bus.gate import Gate
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.model import Model
@@ -30,9 +31,16 @@ class GuardedMethods:
     """Answers the guarded methods of the Manager and of deployments."""
 
     def __init__(
-        self, gate: Gate, model: Model, queue: JobQueue, holds: Holds, reload: Callable[[], Awaitable[None]]
+        self,
+        gate: Gate,
+        callers: Callers,
+        model: Model,
+        queue: JobQueue,
+        holds: Holds,
+        reload: Callable[[], Awaitable[None]],
     ) -> None:
         self._gate = gate
+        self._callers = callers
         self._model = model
         self._queue = queue
         self._holds = holds
@@ -55,9 +63,10 @@ class GuardedMethods:
     async def _start(self, request: Request, caller: Caller) -> str:
         """Path of the job that does what is asked for."""
         options = request.options
+        unit = await self._callers.unit(caller)
         job = await self._queue.submit(
             operation_of(request, self._model.settings),
-            Initiator(caller.uid, options.get("client-id", ""), caller.name),
+            Initiator(caller.uid, options.get("client-id", ""), caller.name, unit),
             Terms(
                 background=options.get("background", False),
                 allow_metered=options.get("allow-metered", False),

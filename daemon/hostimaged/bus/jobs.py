@@ -59,7 +59,7 @@ class JobObjects:
                     await queue.cancel(job)
             return []
 
-        constant = _constant(JobRecord.of(job), background=job.background, client_id=job.initiator.client_id)
+        constant = _constant(JobRecord.of(job), background=job.background)
         export = Export(self._interface, constant | _changing(job), {"Cancel": cancel})
         self._server.export(job.path, export)
 
@@ -70,7 +70,7 @@ class JobObjects:
             parse_options(Member.CANCEL, call.body[0])
             raise JobNotCancellable(f"job {record.id} is {record.state}")
 
-        constant = _constant(record, background=False, client_id="")
+        constant = _constant(record, background=False)
         values = constant | _NOTHING_YET
         values |= {
             "State": str(record.state),
@@ -124,10 +124,11 @@ _NOTHING_YET: Final[dict[str, Any]] = {
 }
 
 
-def _constant(record: JobRecord, *, background: bool, client_id: str) -> dict[str, Any]:
+def _constant(record: JobRecord, *, background: bool) -> dict[str, Any]:
     initiator = {"uid": Variant("u", record.uid)}
-    if client_id:
-        initiator["client-id"] = Variant("s", client_id)
+    for key, text in (("unit", record.unit), ("client-id", record.client_id)):
+        if text:
+            initiator[key] = Variant("s", text)
     return {
         "Id": record.id,
         "Kind": record.kind,

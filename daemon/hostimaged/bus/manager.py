@@ -15,7 +15,7 @@ from hostimaged.errors import InvalidArgs
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from hostimage_dbus.transport import MethodCall
+    from hostimage_dbus.transport import Encoded, MethodCall
     from hostimaged.bus.deployments import DeploymentObjects
     from hostimaged.bus.model import Model
     from hostimaged.bus.status import StatusCache
@@ -89,13 +89,13 @@ class Manager:
     async def _answer(self, member: Member, call: MethodCall) -> Sequence[Any]:
         return await self._guarded(member, call)
 
-    def _get_status(self, call: MethodCall) -> Sequence[Any]:
+    def _get_status(self, call: MethodCall) -> Encoded:
         form, options = call.body
         parse_options(Member.GET_STATUS, options)
         refuse_unbuilt_format(form)
         if form != "native":
             raise InvalidArgs(f"there is no status format {form[:32]!a}")
-        return [self._model.document()]
+        return self._model.answer()
 
     def _get_deployment(self, call: MethodCall) -> Sequence[Any]:
         name, options = call.body
@@ -103,9 +103,9 @@ class Manager:
         check_string("the id", name, _MAX_NAME)
         return [self._deployments.find(name)]
 
-    def _list_images(self, call: MethodCall) -> Sequence[Any]:
+    def _list_images(self, call: MethodCall) -> Encoded:
         parse_options(Member.LIST_IMAGES, call.body[0])
-        return [self._status.image_rows]
+        return self._status.image_list
 
     def _list_jobs(self, _call: MethodCall) -> Sequence[Any]:
         return [[[job.id, job.kind, str(job.state), job.path] for job in self._queue.jobs]]

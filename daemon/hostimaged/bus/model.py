@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState
+from hostimage_dbus.transport import Encoded
 from hostimaged import __version__
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
-from hostimaged.bus.updates import Updates
 from hostimaged.errors import InvalidReference
 from hostimaged.oci.reference import ImageReference
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.findings import ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.status import StatusCache
+    from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
@@ -41,6 +42,7 @@ class Model:
         status: StatusCache,
         history: History,
         holds: Holds,
+        updates: Updates,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -50,10 +52,10 @@ class Model:
         self._status = status
         self._history = history
         self._holds = holds
+        self._updates = updates
         self._deployments = deployments
         self._boot_id = boot_id
-        self._document: str | None = None
-        self.updates = Updates()
+        self._answer: Encoded | None = None
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -64,7 +66,7 @@ class Model:
 
     def changed(self) -> None:
         """Something in the status document changed."""
-        self._document = None
+        self._answer = None
 
     # hostimaged.bus.requests.World
 
@@ -109,7 +111,7 @@ class Model:
             "RollbackQueued": findings.rollback_queued,
             "TrackedImage": self.tracked_image,
             "Update": to_variants(self._update()),
-            "LastCheck": list(self.updates.last_check),
+            "LastCheck": list(self._updates.last_check(self.tracked)),
             "LastFailure": _last_failure(self._history.results),
             # Nothing is done by itself yet.
             "UpdatePolicy": "none",
@@ -120,10 +122,10 @@ class Model:
             "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
         }
 
-    def document(self) -> str:
-        """The native status document."""
-        if self._document is None:
-            self._document = self._status.document(
+    def answer(self) -> Encoded:
+        """The native status document, as GetStatus returns it."""
+        if self._answer is None:
+            document = self._status.document(
                 daemon={"version": __version__, "bootId": self._boot_id, "state": self._state()},
                 tracked_image=self.tracked_image,
                 jobs=self._queue.jobs,
@@ -132,7 +134,8 @@ class Model:
                 update=self._update(),
                 holds=self._holds.documents,
             )
-        return self._document
+            self._answer = Encoded.of("s", [document])
+        return self._answer
 
     def _state(self) -> str:
         active = self._queue.active
@@ -142,7 +145,7 @@ class Model:
         return "held" if held else "idle"
 
     def _update(self) -> dict[str, Any]:
-        return self.updates.current(self.tracked, self._status.findings)
+        return self._updates.current(self.tracked, self._status.findings)
 
     def _problems(self) -> list[Problem]:
         return [*self._own_problems, *self._status.findings.problems]

@@ -23,6 +23,8 @@ from hostimaged.bus.polkit import Authority
 from hostimaged.bus.status import StatusCache
 from hostimaged.errors import HostimageError
 from hostimaged.jobs.history import JobRecord
+from hostimaged.jobs.inhibitors import Inhibitors
+from hostimaged.jobs.logind import Logind
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection, MethodCall
     from hostimaged.bus.authorization import Member
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
     from hostimaged.jobs.job import Job
@@ -46,8 +49,8 @@ _logger = structlog.get_logger("hostimaged.bus")
 class Service:
     """Serves ``connection`` until ``stop``; all its tasks belong to ``tasks``.
 
-    ``history`` and ``holds`` are loaded already. ``load_settings`` reads the settings again, and may block.
-    ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
+    ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
+    block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Service:
         load_settings: Callable[[], tuple[Settings, list[SettingsProblem]]],
         history: History,
         holds: Holds,
+        updates: Updates,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -72,11 +76,15 @@ class Service:
         self._workers = workers
         self._history = history
         self._holds = holds
+        self._updates = updates
         self._load_settings = load_settings
         self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
         authority = Authority(connection, tasks, own_uid=os.geteuid())
-        gate = Gate(Callers(connection, tasks), authority, paths)
+        callers = Callers(connection, tasks)
+        logind = Logind(connection)
+        gate = Gate(callers, authority, logind, paths)
+        self._inhibitors = Inhibitors(logind.inhibit, tasks)
         self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._deployments = DeploymentObjects(self._server, self._guarded)
@@ -85,12 +93,13 @@ class Service:
             status=self._status,
             history=history,
             holds=holds,
+            updates=updates,
             deployments=self._deployments,
             boot_id=boot_id,
             settings=settings,
             settings_problems=settings_problems,
         )
-        self._methods = GuardedMethods(gate, self._model, self._queue, holds, self._reload)
+        self._methods = GuardedMethods(gate, callers, self._model, self._queue, holds, self._reload)
         self._jobs = JobObjects(self._server, gate, linger=linger)
         self._log_control = LogControl(self._server, gate, settings.log_level)
         self._manager = Manager(
@@ -120,6 +129,7 @@ class Service:
         await self._queue.stop()
         await self._lanes
         self._jobs.close()
+        self._inhibitors.close()
 
     def _worker(self, operation: Operation) -> Worker:
         return Worker(self._workers, operation)
@@ -158,12 +168,18 @@ class Service:
         if only_progress:
             self._model.changed()
         else:
+            self._inhibitors.follow(job)
             self._manager.refresh()
             self._notifier.status(f"{job.kind} {job.target}: {job.state}")
 
     def job_finished(self, job: Job) -> None:
-        """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done."""
-        self._model.updates.job_ended(job, self._model.tracked)
+        """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done.
+
+        By then nothing of it keeps the machine awake: who waits may want to restart it.
+        """
+        self._inhibitors.release(job)
+        if self._updates.job_ended(job, self._model.tracked):
+            self._tasks.create_task(self._updates.save())
         self._manager.refresh()
         self._jobs.change(job)
         self._manager.job_removed(JobRecord.of(job), job.path)

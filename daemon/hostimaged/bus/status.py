@@ -5,14 +5,15 @@ Reading it does no work: scans are done by workers, and their findings are check
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from pydantic import ValidationError
 
 from hostimage_dbus.names import API_VERSION
-from hostimage_dbus.transport import Variant
+from hostimage_dbus.transport import Encoded, Variant
 from hostimaged.bus.findings import Findings, Problem
 from hostimaged.jobs.events import StatusEvent
 from hostimaged.jobs.operations import Scan
@@ -38,6 +39,26 @@ def to_variants(values: dict[str, Any]) -> dict[str, Variant]:
     return {key: Variant(_SIGNATURES[type(v)], v) for key, v in values.items() if v is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Findings, and the answers of which they are the large part: images can be thousands."""
+
+    findings: Findings
+    image_list: Encoded
+    image_documents: str
+
+
+def _prepare(status: dict[str, Any]) -> _Prepared:
+    """Check what a scan found, and make the answers. Takes a while for many images, so not in the loop."""
+    findings = Findings.model_validate(status)
+    rows = [row.model_dump(by_alias=True, exclude_none=True) for row in findings.images]
+    return _Prepared(
+        findings,
+        Encoded.of("aa{sv}", [[to_variants(row) for row in rows]]),
+        json.dumps(rows, ensure_ascii=False),
+    )
+
+
 class StatusCache:
     """Findings of the newest scan; ``changed`` is called when they were replaced."""
 
@@ -46,34 +67,46 @@ class StatusCache:
         self._changed = changed
         self._last_place = 0
         self._taken_place = 0
-        self.findings = Findings()
-        self.image_rows: list[dict[str, Variant]] = []
-        self._image_documents: list[dict[str, Any]] = []
+        self._prepared = _prepare({})
+
+    @property
+    def findings(self) -> Findings:
+        """What the newest scan found."""
+        return self._prepared.findings
+
+    @property
+    def image_list(self) -> Encoded:
+        """The images, as ListImages returns them."""
+        return self._prepared.image_list
 
     def begin(self) -> int:
         """A scan begins; gives its place in the order of scans."""
         self._last_place += 1
         return self._last_place
 
-    def take(self, place: int, status: dict[str, Any]) -> None:
+    async def take(self, place: int, status: dict[str, Any]) -> None:
         """A scan found ``status``; it is ignored if a later one came in before."""
         try:
-            findings = Findings.model_validate(status)
-        except ValidationError as error:
-            _logger.warning("scan.invalid", errors=error.error_count())
+            prepared = await asyncio.to_thread(_prepare, status)
+        except ValueError as error:
+            # From the model, or from what cannot be said on the bus.
+            _logger.warning("scan.invalid", error=type(error).__name__)
             self._failed(place, "the state of the repository could not be read")
             return
-        self._set(place, findings)
+        self._set(place, prepared)
 
     async def refresh(self) -> None:
         """Scan now, in a worker of its own; never raises."""
         place = self.begin()
+        found: list[dict[str, Any]] = []
 
         def on_event(event: Event) -> None:
             if isinstance(event, StatusEvent):
-                self.take(place, event.status)
+                found.append(event.status)
 
         outcome = await self._start_worker(Scan()).run(on_event)
+        for status in found:
+            await self.take(place, status)
         if outcome.failure is not None:
             self._failed(place, f"the state of the repository could not be read: {outcome.failure.message}")
 
@@ -81,15 +114,14 @@ class StatusCache:
         """Keep what was known, and say that it may be old."""
         known = [problem for problem in self.findings.problems if problem.id != "scan"]
         problems = [*known, Problem(id="scan", severity="error", text=text)]
-        self._set(place, self.findings.model_copy(update={"problems": problems}))
+        findings = self.findings.model_copy(update={"problems": problems})
+        self._set(place, replace(self._prepared, findings=findings))
 
-    def _set(self, place: int, findings: Findings) -> None:
+    def _set(self, place: int, prepared: _Prepared) -> None:
         if place < self._taken_place:
             return
         self._taken_place = place
-        self.findings = findings
-        self._image_documents = [row.model_dump(by_alias=True, exclude_none=True) for row in findings.images]
-        self.image_rows = [to_variants(row) for row in self._image_documents]
+        self._prepared = prepared
         self._changed()
 
     def document(
@@ -105,7 +137,7 @@ class StatusCache:
     ) -> str:
         """The native status document (``status.schema.json``)."""
         repository, host = self.findings.repository, self.findings.host
-        return json.dumps(
+        document = json.dumps(
             {
                 "schema": SCHEMA,
                 "daemon": {**daemon, "apiVersion": API_VERSION},
@@ -113,7 +145,6 @@ class StatusCache:
                 "trackedImage": tracked_image,
                 "host": host.model_dump(by_alias=True) if host else None,
                 "rollbackQueued": self.findings.rollback_queued,
-                "images": self._image_documents,
                 "deployments": [row.model_dump(by_alias=True) for row in self.findings.deployments],
                 "update": update or None,
                 "holds": list(holds),
@@ -123,6 +154,7 @@ class StatusCache:
             },
             ensure_ascii=False,
         )
+        return f'{document[:-1]}, "images": {self._prepared.image_documents}}}'
 
 
 def job_document(job: Job) -> dict[str, Any]:

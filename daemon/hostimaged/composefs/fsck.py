@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from hostimaged.composefs.erofs import ErofsError, Image
 from hostimaged.composefs.erofs.format import MAX_IMAGE
@@ -54,15 +54,31 @@ _FILE_TYPES: Final = {
 }
 
 
+class Breaks(Protocol):
+    """Gives up the lock of the repository now and then, so that others get it."""
+
+    def due(self) -> bool:
+        """Whether it is time to; called often."""
+
+    def take(self) -> None:
+        """Give it up for a while; nothing is read meanwhile."""
+
+
 def check(
-    repository: Repository, *, metadata_only: bool = False, give_up: Callable[[], None] | None = None
+    repository: Repository,
+    *,
+    metadata_only: bool = False,
+    give_up: Callable[[], None] | None = None,
+    breaks: Breaks | None = None,
 ) -> Report:
     """Check ``repository``; with ``metadata_only`` the content of objects is not looked at.
 
-    ``give_up`` is called now and then, and may raise to end the check. Raises ``StorageError`` or another
-    ``HostimageError`` only if a directory cannot be read. Memory is bounded by the largest image.
+    ``give_up`` is called now and then, and may raise to end the check. ``breaks`` are taken between two
+    entries, or two directories of objects; what others remove meanwhile is no finding. Raises
+    ``StorageError`` or another ``HostimageError`` only if a directory cannot be read, and what those two
+    raise. Memory is bounded by the largest image.
     """
-    return _Check(repository, give_up or _go_on).run(metadata_only=metadata_only)
+    return _Check(repository, give_up or _go_on, breaks).run(metadata_only=metadata_only)
 
 
 def _go_on() -> None:
@@ -72,10 +88,14 @@ def _go_on() -> None:
 class _Check:
     """One check under way."""
 
-    def __init__(self, repository: Repository, give_up: Callable[[], None]) -> None:
+    def __init__(self, repository: Repository, give_up: Callable[[], None], breaks: Breaks | None) -> None:
         self._repository = repository
         self._root = repository.fileno()
-        self._give_up = give_up
+        self._may_end = give_up
+        self._breaks = breaks
+        #: Breaks taken so far.
+        self._taken = 0
+        self._objects: ObjectCheck | None = None
         self._report = Report()
         # Images need what their layers refer to, so most objects are asked for twice.
         self._present: set[ObjectId] = set()
@@ -88,6 +108,7 @@ class _Check:
         repository = self._repository
         objects = ObjectCheck(self._root, repository.algorithm, secure=repository.secure, check=self._give_up)
         report = self._report
+        self._objects = objects
         with objects:
             objects.begin()
             # Helpers may be hashing now. What is found meanwhile is told after what they find.
@@ -100,6 +121,16 @@ class _Check:
         report.errors.extend(tally.findings)
         report.errors.extend(after)
         return report
+
+    def _give_up(self) -> None:
+        """End here if need be, or take a break."""
+        self._may_end()
+        if self._breaks is None or not self._breaks.due():
+            return
+        with self._objects.idle() if self._objects is not None else contextlib.nullcontext():
+            self._breaks.take()
+        self._taken += 1
+        self._present.clear()
 
     def _metadata(self) -> None:
         report = self._report
@@ -144,10 +175,20 @@ class _Check:
 
     def _entries(self, directory: str) -> Iterator[tuple[str, int]]:
         """Names and file types in ``directory``, without the references."""
+        listed_at = self._taken
         for name, kind in self._listed(directory):
-            if name != _REFS:
-                self._give_up()
+            if name == _REFS:
+                continue
+            self._give_up()
+            if self._taken == listed_at or self._is_there(f"{directory}/{name}"):
                 yield name, kind
+
+    def _is_there(self, path: str) -> bool:
+        """Whether what was listed before a break is there still."""
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path, dir_fd=self._root, follow_symlinks=False)
+            return True
+        return False
 
     def _is_corrupted(self, path: str, kind: int, check_target: Callable[[str], None]) -> bool:
         """Check an entry that should be a link, and what it leads to."""

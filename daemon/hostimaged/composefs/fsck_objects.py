@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,7 @@ from hostimaged.system import syscalls
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -221,6 +222,35 @@ class ObjectCheck:
         self._pending = deque(range(256))
         self._done: list[tuple[int, Tally]] = []
         self._helpers: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
+        #: Helpers at work, and whether they are to stay idle.
+        self._changes = threading.Condition()
+        self._busy = 0
+        self._idle = False
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """While this lasts no helper looks at the repository; each finishes the directory it is at first."""
+        with self._changes:
+            self._idle = True
+            self._changes.wait_for(lambda: not self._busy)
+        try:
+            yield
+        finally:
+            with self._changes:
+                self._idle = False
+                self._changes.notify_all()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with self._changes:
+            self._changes.wait_for(lambda: not self._idle)
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._changes:
+                self._busy -= 1
+                self._changes.notify_all()
 
     def begin(self) -> None:
         """Check for a moment; then start helpers if there is more to do, and return."""
@@ -286,7 +316,9 @@ class ObjectCheck:
             except IndexError:
                 return
             try:
-                self._done.append((byte, _ask(process, byte)))
+                with self._at_work():
+                    tally = _ask(process, byte)
+                self._done.append((byte, tally))
             except (OSError, ValueError, TypeError):
                 # Killed, or a directory cannot be read: whoever takes it next will see.
                 self._pending.append(byte)

@@ -1,4 +1,4 @@
-"""The worker's end of the socket: events go up, a cancellation comes down, the daemon's end is noticed."""
+"""The worker's end of the socket: events go up, requests come down, and the daemon's end is noticed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hostimaged.errors import Cancelled, Internal, printable
 from hostimaged.jobs.events import (
     MAX_EVENT,
     MAX_TEXT,
+    AloneEvent,
     BytesEvent,
     ErrorEvent,
     Event,
     GeneratingEvent,
     MessageEvent,
+    PausedEvent,
     PhaseEvent,
     ResultEvent,
     StatusEvent,
@@ -27,13 +30,19 @@ from hostimaged.jobs.operations import MAX_ORDER, Order, parse_order
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterator
 
     from hostimage_dbus.errors import ErrorName
     from hostimaged.progress import Phase
 
 #: Seconds between two events about bytes: the daemon announces progress five times per second.
 _BYTES_INTERVAL: Final = 0.1
+#: Requests of the daemon: stop; give up the lock of the repository, and take it again; the repository is the
+#: job's alone now, as it asked.
 CANCEL: Final = b"cancel\n"
+PAUSE: Final = b"pause\n"
+RESUME: Final = b"resume\n"
+ALONE: Final = b"alone\n"
 
 
 class Channel:
@@ -43,7 +52,10 @@ class Channel:
         self._socket = sock
         self._input = sock.makefile("rb")
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self._requests = threading.Condition()
+        self._cancelled = False
+        self._pausing = False
+        self._alone = False
         self._bytes = 0
         self._bytes_sent = 0
         self._sent_at = 0.0
@@ -60,9 +72,23 @@ class Channel:
         threading.Thread(target=self._watch, name="daemon-watch", daemon=True).start()
 
     def _watch(self) -> None:
-        while self._input.readline(64) == CANCEL:
-            self._cancelled.set()
+        while self._take(self._input.readline(64)):
+            pass
         _end_now()
+
+    def _take(self, request: bytes) -> bool:
+        with self._requests:
+            match request:
+                case b"cancel\n":
+                    self._cancelled = True
+                case b"pause\n" | b"resume\n":
+                    self._pausing = request == PAUSE
+                case b"alone\n":
+                    self._alone = True
+                case _:
+                    return False
+            self._requests.notify_all()
+        return True
 
     # Reporter
 
@@ -97,8 +123,42 @@ class Channel:
 
     def check(self) -> None:
         """Raise ``Cancelled`` if the job is to stop."""
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Cancelled
+
+    @property
+    def pausing(self) -> bool:
+        """Whether the job is to give up the lock of the repository until it may go on."""
+        return self._pausing
+
+    def rest(self) -> None:
+        """Wait as long as the job is to pause, holding no lock of the repository; raises ``Cancelled``."""
+        self.check()
+        if not self._pausing:
+            return
+        self._send(PausedEvent(paused=True))
+        with self._requests:
+            self._requests.wait_for(lambda: self._cancelled or not self._pausing)
+        self.check()
+        self._send(PausedEvent(paused=False))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this lasts no reader of ours holds the lock of the repository.
+
+        It is waited for without a time-out, which is for other programs: readers pause within about a second.
+        The lock itself is taken inside. Raises ``Cancelled``.
+        """
+        self.check()
+        self._send(AloneEvent(wanted=True))
+        try:
+            with self._requests:
+                self._requests.wait_for(lambda: self._cancelled or self._alone)
+            self.check()
+            yield
+        finally:
+            self._alone = False
+            self._send(AloneEvent(wanted=False))
 
     def status(self, status: dict[str, Any]) -> None:
         """What a scan found."""

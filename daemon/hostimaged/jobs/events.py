@@ -66,6 +66,20 @@ class StatusEvent(_Event):
     status: dict[str, Any]
 
 
+class AloneEvent(_Event):
+    """The job needs the repository alone, or does not any more; it waits until it is told that it has it."""
+
+    event: Literal["alone"] = "alone"
+    wanted: bool
+
+
+class PausedEvent(_Event):
+    """The job, which was asked to pause, holds no lock now; or it goes on."""
+
+    event: Literal["paused"] = "paused"
+    paused: bool
+
+
 class ResultEvent(_Event):
     """The work is done; the last event."""
 
@@ -88,6 +102,8 @@ Event = (
     | GeneratingEvent
     | MessageEvent
     | StatusEvent
+    | AloneEvent
+    | PausedEvent
     | ResultEvent
     | ErrorEvent
 )

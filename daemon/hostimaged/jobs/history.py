@@ -41,6 +41,8 @@ class JobRecord(BaseModel):
     kind: str
     target: str
     uid: int
+    unit: str = Field(default="", max_length=255)
+    client_id: str = Field(default="", max_length=1024)
     state: JobState
     error: str = ""
     message: str = ""
@@ -56,6 +58,8 @@ class JobRecord(BaseModel):
             kind=job.kind,
             target=job.target,
             uid=job.initiator.uid,
+            unit=job.initiator.unit,
+            client_id=job.initiator.client_id,
             state=job.state,
             error=str(job.failure.name) if job.failure else "",
             message=job.failure.message if job.failure else job.message,

@@ -22,11 +22,15 @@ JOINERS_PER_UID: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Initiator:
-    """Who asked for a job: uid and unique name as the bus knows them, and the name the caller gave itself."""
+    """Who asked for a job: uid and unique name as the bus knows them, and the name the caller gave itself.
+
+    ``unit``: the systemd unit of the process, "" if unknown.
+    """
 
     uid: int
     client_id: str = ""
     name: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)

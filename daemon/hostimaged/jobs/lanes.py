@@ -3,6 +3,9 @@
 There are three places to run in: for one job that changes something, for one reader that somebody waits for,
 and for one background reader. In each, users come before the background, first come first served. A
 background reader starts only while no user's job waits or runs.
+
+A job that asks for the repository alone, in a phase that needs its exclusive lock, gets it when no reader
+holds it: background readers are stopped and queued again, others pause.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from hostimage_dbus.names import JobState
+from hostimaged.jobs.kinds import ACCESS, Access
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -29,6 +33,11 @@ class Lane(IntEnum):
     BACKGROUND = 2
 
 
+def in_slices(job: Job) -> bool:
+    """Whether the job holds the lock of the repository in slices, and pauses when it is asked to."""
+    return ACCESS[job.kind] is Access.SLICES
+
+
 def lane_of(job: Job) -> Lane:
     """Where the job would start now."""
     if job.operation.mutating:
@@ -43,6 +52,13 @@ class Lanes:
         self._waiting: list[Job] = []
         self._running: dict[Lane, Job] = {}
         self._ranks = 0
+        #: Whether a job asks for the repository alone, or has it.
+        self.alone = False
+
+    @property
+    def readers(self) -> list[Job]:
+        """Running jobs that have to stop, or to pause, before another has the repository alone."""
+        return [job for job in self.running if in_slices(job)]
 
     @property
     def running(self) -> list[Job]:
@@ -106,9 +122,13 @@ class Lanes:
 
     def in_the_way(self) -> list[Job]:
         """Running jobs that have to give way now."""
-        if not self._wanted():
-            return []
-        return [job for job in self.running if job.operation.gives_way and job.terms.background]
+        wanted = self._wanted()
+        return [
+            job
+            for job in self.running
+            if job.terms.background
+            and ((wanted and job.operation.gives_way) or (self.alone and in_slices(job)))
+        ]
 
     def equal(self, identity: Hashable) -> Job | None:
         """A job that does the same, and will be done."""
@@ -121,7 +141,7 @@ class Lanes:
         return sum(job.initiator.uid == uid for job in self._waiting)
 
     def _yields(self, job: Job) -> bool:
-        return lane_of(job) is Lane.BACKGROUND and self._wanted()
+        return lane_of(job) is Lane.BACKGROUND and (self._wanted() or (self.alone and in_slices(job)))
 
     def _wanted(self) -> bool:
         """Whether somebody waits for any job."""

@@ -15,7 +15,7 @@ import structlog
 
 from hostimage_dbus.errors import ErrorName
 from hostimaged.errors import Cancelled, Internal
-from hostimaged.jobs.channel import CANCEL
+from hostimaged.jobs.channel import ALONE, CANCEL, PAUSE, RESUME
 from hostimaged.jobs.events import MAX_EVENT, ErrorEvent, Event, InvalidEvent, ResultEvent, parse_event
 from hostimaged.jobs.job import Failure
 from hostimaged.jobs.operations import Operation, Order
@@ -67,10 +67,30 @@ class Worker:
         self._settings = settings
         self._operation = operation
         self._cancelled = asyncio.Event()
+        self._writer: asyncio.StreamWriter | None = None
+        self._requests: list[bytes] = []
 
     def cancel(self) -> None:
         """Have the worker stop: by a message, then SIGTERM, then SIGKILL."""
         self._cancelled.set()
+
+    def pause(self) -> None:
+        """Have the worker give up the lock of the repository; it tells when it has."""
+        self._request(PAUSE)
+
+    def resume(self) -> None:
+        """Let the worker go on."""
+        self._request(RESUME)
+
+    def grant(self) -> None:
+        """Tell the worker that it has the repository alone."""
+        self._request(ALONE)
+
+    def _request(self, line: bytes) -> None:
+        if self._writer is None:
+            self._requests.append(line)
+        elif not self._writer.is_closing():
+            self._writer.write(line)
 
     async def run(self, on_event: Callable[[Event], None]) -> Outcome:
         """Run the worker to its end; ``on_event`` gets every event. If cancelled, the worker is killed."""
@@ -88,7 +108,8 @@ class Worker:
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_EVENT)
         root = None if self._settings.root is None else str(self._settings.root)
         order = Order(root=root, operation=self._operation)
-        writer.write(order.model_dump_json().encode() + b"\n")
+        writer.write(order.model_dump_json().encode() + b"\n" + b"".join(self._requests))
+        self._writer = writer
         async with asyncio.TaskGroup() as group:
             escalation = group.create_task(self._escalate(process, writer))
             try:

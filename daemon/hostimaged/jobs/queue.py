@@ -15,10 +15,12 @@ from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState
 from hostimaged.errors import Busy, Cancelled, Held, Internal, JobNotCancellable, LimitsExceeded
 from hostimaged.jobs.events import (
+    AloneEvent,
     BytesEvent,
     Event,
     GeneratingEvent,
     MessageEvent,
+    PausedEvent,
     PhaseEvent,
     StatusEvent,
     TotalsEvent,
@@ -27,6 +29,7 @@ from hostimaged.jobs.job import Failure, Initiator, Job, Terms
 from hostimaged.jobs.lanes import Lanes
 from hostimaged.jobs.process import Outcome, Worker
 from hostimaged.jobs.progress import INTERVAL
+from hostimaged.jobs.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +64,7 @@ class StatusKeeper(Protocol):
     def begin(self) -> int:
         """A scan begins; gives its place in the order of scans."""
 
-    def take(self, place: int, status: dict[str, Any]) -> None:
+    async def take(self, place: int, status: dict[str, Any]) -> None:
         """A scan found ``status``."""
 
     async def refresh(self) -> None:
@@ -87,6 +90,7 @@ class JobQueue:
         self._start_worker = start_worker
         self._lanes = Lanes()
         self._workers: dict[int, Worker] = {}
+        self._turns = Turns(self._lanes, self._workers)
         self._entering: Job | None = None
         self._holds: tuple[str, ...] = ()
         self._wake = asyncio.Event()
@@ -182,6 +186,7 @@ class JobQueue:
                 _logger.info("job.preempt", id=job.id)
                 job.preempted = True
                 self._workers[job.id].cancel()
+        self._turns.settle()
         self._wake.set()
 
     async def withdraw(self, job: Job, uid: int, name: str) -> None:
@@ -219,6 +224,7 @@ class JobQueue:
                 while (job := self._lanes.start_next()) is not None:
                     # Here, so that a cancellation finds it at once.
                     self._workers[job.id] = self._start_worker(job.operation)
+                    self._turns.settle()
                     tasks.create_task(self._run_one(job, self._workers[job.id]))
                 self._wake.clear()
                 await self._wake.wait()
@@ -236,13 +242,11 @@ class JobQueue:
             job.start()
             _logger.info("job.start", id=job.id)
             self._observer.job_changed(job, only_progress=False)
-        scanned = False
+        scans: list[tuple[int, dict[str, Any]]] = []
 
         def on_event(event: Event) -> None:
-            nonlocal scanned
             if isinstance(event, StatusEvent):
-                scanned = True
-                self._status.take(self._status.begin(), event.status)
+                scans.append((self._status.begin(), event.status))
             else:
                 self._take(job, event)
 
@@ -256,9 +260,12 @@ class JobQueue:
             _logger.exception("job.fault", id=job.id)
             outcome = Outcome(failure=Failure.of(Internal()))
         del self._workers[job.id]
+        self._turns.ended(job)
+        for place, status in scans[-1:]:
+            await self._status.take(place, status)
         if self._gave_way(job, outcome):
             return
-        if job.operation.mutating and not scanned:
+        if job.operation.mutating and not scans:
             if job.state is JobState.RUNNING:
                 job.state = JobState.FINALIZING
                 self._observer.job_changed(job, only_progress=False)
@@ -274,7 +281,7 @@ class JobQueue:
         job.requeue()
         job.hold(job.terms.obeyed(self._holds))
         self._observer.job_changed(job, only_progress=False)
-        self._wake.set()
+        self._reconsider()
         return True
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:
@@ -287,13 +294,20 @@ class JobQueue:
         # Only now, so that the next one starts when the end of this one is known.
         self._lanes.remove(job)
         self._observer.job_finished(job)
-        self._wake.set()
+        self._reconsider()
         self._history.told(job)
         await self.save()
 
     def _take(self, job: Job, event: Event) -> None:
         """Take in an event; numbers are announced by the ticker, everything else at once."""
         match event:
+            case AloneEvent(wanted=wanted):
+                self._turns.ask(job, wanted=wanted)
+                self._reconsider()
+                return
+            case PausedEvent(paused=paused):
+                self._turns.paused(job, paused=paused)
+                return
             case PhaseEvent(phase=phase):
                 job.phase = phase
             case MessageEvent(text=text):

@@ -16,6 +16,7 @@ from hostimaged.errors import CorruptRepository, HostimageError, ImageNotFound, 
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci.images import image_version, manifest_stream, read_config
 from hostimaged.oci.layers import plan_layers, stored_layer
+from hostimaged.oci.links import changelog_url
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.source import open_source
 from hostimaged.progress import Phase
@@ -41,6 +42,7 @@ class CheckResult:
     microseconds since the epoch, 0 if it does not say.
 
     ``download_size`` is what a pull would fetch; ``downloaded``: nothing, the image is in the repository.
+    ``changelog_url``: the page of what changed that the image names, or "".
     """
 
     reference: ImageReference
@@ -51,10 +53,11 @@ class CheckResult:
     total_size: int
     download_size: int
     downloaded: bool
+    changelog_url: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For the bus: strings and numbers."""
-        return {
+        found = {
             "reference": str(self.reference),
             "manifest-digest": str(self.manifest_digest),
             "source-digest": str(self.source_digest),
@@ -64,6 +67,7 @@ class CheckResult:
             "download-size": self.download_size,
             "state": "downloaded" if self.downloaded else "available",
         }
+        return found | ({"changelog-url": self.changelog_url} if self.changelog_url else {})
 
 
 def check_image(paths: HostPaths, reference: ImageReference, reporter: Reporter) -> CheckResult:
@@ -100,6 +104,7 @@ def check_image(paths: HostPaths, reference: ImageReference, reporter: Reporter)
         manifest.total_size,
         missing + (0 if config_stored else manifest.config.size),
         downloaded=complete,
+        changelog_url=changelog_url(manifest, config),
     )
 
 

@@ -104,24 +104,37 @@ class ImagesReport:
 
 
 def check(
-    repository: Repository, *, tag: str | None = None, give_up: Callable[[], None] | None = None
+    repository: Repository,
+    *,
+    tag: str | None = None,
+    give_up: Callable[[], None] | None = None,
+    breaks: fsck.Breaks | None = None,
 ) -> ImagesReport:
     """Check ``repository`` and all tagged images in it, or only the one with the tag ``tag``.
 
-    ``give_up`` and what is raised are those of ``hostimaged.composefs.fsck.check``.
+    ``give_up``, ``breaks`` and what is raised are those of ``hostimaged.composefs.fsck.check``.
     """
-    report = ImagesReport(fsck.check(repository, give_up=give_up))
-    tags = {decode_tag(name): stream for name, stream in repository.stream_refs(TAGS).items()}
+    report = ImagesReport(fsck.check(repository, give_up=give_up, breaks=breaks))
+    tags = _tags(repository)
     if tag is not None:
         _check_one(repository, tag, tags.get(tag), report)
         return report
     for name, stream in sorted(tags.items()):
         if give_up is not None:
             give_up()
+        if breaks is not None and breaks.due():
+            breaks.take()
+            tags = _tags(repository)
+        if tags.get(name) != stream:
+            continue  # others removed it, or let it lead elsewhere, during a break
         if (digest := _digest(stream)) is None:
             continue  # a tag of something else than an image
         _count(repository, name, digest, report)
     return report
+
+
+def _tags(repository: Repository) -> dict[str, str]:
+    return {decode_tag(name): stream for name, stream in repository.stream_refs(TAGS).items()}
 
 
 def _check_one(repository: Repository, tag: str, stream: str | None, report: ImagesReport) -> None:

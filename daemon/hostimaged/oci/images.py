@@ -226,8 +226,11 @@ class StoredImage:
 
 
 def image_version(manifest: Manifest, config: ImageConfig | None) -> str:
-    """The version that an image gives itself: by label, else by annotation; or ""."""
-    return (config.version if config is not None else "") or manifest.annotations.get(_VERSION, "")
+    """The version that an image gives itself: by label, else by annotation; or "".
+
+    One line of bounded length: it goes to lists, properties and dialogs, and no D-Bus message holds a NUL.
+    """
+    return printable((config.version if config is not None else "") or manifest.annotations.get(_VERSION, ""))
 
 
 def open_image(repository: Repository, digest: ManifestDigest) -> StoredImage:

@@ -56,6 +56,11 @@ def lock(
         raise from_os_error(error, f"cannot lock {what}") from error
 
 
+def unlock(fd: int) -> None:
+    """Give up the flock of ``fd``, for children that share it too."""
+    syscalls.unlock(fd)
+
+
 def describe_holders(fd: int) -> str:
     """Who holds a flock on the file that ``fd`` has open, for people: ``pid 12 (cfsctl), pid 15``."""
     try:

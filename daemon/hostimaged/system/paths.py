@@ -164,6 +164,11 @@ class HostPaths:
         """The hold on background jobs, kept over restarts of the daemon within a boot."""
         return self.run_dir / "hold.json"
 
+    @property
+    def updates_file(self) -> Path:
+        """The last check of the tracked image, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "check.json"
+
 
 def _auth_files(root: Path) -> tuple[Path, ...]:
     """The auth files bootc passes, most specific first."""

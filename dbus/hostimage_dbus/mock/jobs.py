@@ -100,7 +100,7 @@ class Jobs:
                     return job_path(job["Id"])
         if self._active and given.get("queue") is False:
             raise BusError(ErrorName.BUSY, "another job runs")
-        initiator = {"uid": Variant("u", 0), "unit": Variant("s", call.sender)}
+        initiator = {"uid": Variant("u", 0), "unit": Variant("s", "user@1000.service")}
         if "client-id" in given:
             initiator["client-id"] = Variant("s", given["client-id"])
         return self.add(kind, target, initiator, background=bool(given.get("background")))

@@ -18,6 +18,7 @@ from typing import Any
 
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.transport import BusError, Connection, Variant
+from hostimage_testing.logind_double import POLICY as LOGIND
 from hostimage_testing.polkit_double import POLICY as POLKIT
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
@@ -49,7 +50,7 @@ _BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
   </policy>
-  {polkit}
+  {doubles}
   <include>{policy}</include>
   {own_user}
 </busconfig>
@@ -83,7 +84,7 @@ def running_bus(directory: Path) -> Iterator[Bus]:
             socket=directory / "bus",
             abstract=abstract,
             policy=POLICY,
-            polkit=POLKIT,
+            doubles=POLKIT + LOGIND,
             own_user=_OWN_USER.format(uid=uid) if uid else "",
         )
     )

@@ -23,6 +23,7 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.requests: list[str] = []
         self.obedient = True
         self.running = asyncio.Event()
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -32,6 +33,15 @@ class FakeWorker:
         self.cancelled = True
         if self.obedient:
             self.end(Outcome(failure=Bench.cancelled))
+
+    def pause(self) -> None:
+        self.requests.append("pause")
+
+    def resume(self) -> None:
+        self.requests.append("resume")
+
+    def grant(self) -> None:
+        self.requests.append("alone")
 
     def end(self, outcome: Outcome) -> None:
         if not self.outcome.done():
@@ -78,7 +88,7 @@ class Bench:
     def begin(self) -> int:
         return len(self.scans)
 
-    def take(self, place: int, status: dict[str, Any]) -> None:
+    async def take(self, place: int, status: dict[str, Any]) -> None:
         del place
         self.scans.append(status)
 

@@ -55,8 +55,14 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.callers, self.authority = FakeCallers(), FakeAuthority()
         self.paths = scratch_host(root)
-        self.gate = Gate(self.callers, self.authority, self.paths)  # type: ignore[arg-type]
+        self.gate = Gate(self.callers, self.authority, self, self.paths)  # type: ignore[arg-type]
         self.request = Request(Member.UPGRADE, {}, reference=TRACKED)
+        self.others = True
+        self.sessions_of: list[int] = []
+
+    async def other_sessions(self, uid: int) -> bool:
+        self.sessions_of.append(uid)
+        return self.others
 
     async def enter(
         self, sender: str = ":1.1", prepare: Callable[[], Request] | None = None, **more: Any
@@ -95,6 +101,31 @@ async def test_two_actions_are_asked_for_in_turn(bench: Bench) -> None:
     bench.authority.refuses = {"reboot-multiple-sessions"}
     with pytest.raises(AccessDenied):
         await bench.enter()
+
+
+async def test_a_reboot_that_is_nobody_elses_business(bench: Bench) -> None:
+    bench.request = Request(Member.ROLLBACK, {"apply": "soft-reboot"})
+    bench.others = False
+    await bench.enter()
+    assert bench.actions == ["rollback", "reboot"]
+    # Somebody logs in while the first dialog is open.
+    bench.authority.asked.clear()
+
+    def log_in() -> None:
+        bench.others = True
+
+    bench.authority.meanwhile = log_in
+    await bench.enter()
+    assert bench.actions == ["rollback", "reboot-multiple-sessions"]
+
+
+async def test_sessions_matter_for_reboots_only(bench: Bench) -> None:
+    await bench.enter()
+    bench.request = Request(Member.ROLLBACK, {"apply": "none"})
+    await bench.enter()
+    bench.request = Request(Member.ROLLBACK, {"apply": "reboot"})
+    await bench.enter(":root")
+    assert bench.sessions_of == []
 
 
 async def test_arguments_are_checked_before_anybody_is_asked(bench: Bench) -> None:

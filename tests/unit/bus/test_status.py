@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import pytest_asyncio
+from jeepney import HeaderFields, MessageType, Parser
 
+from hostimage_dbus.framing import return_header
 from hostimaged.bus.status import StatusCache, to_variants
 from hostimaged.errors import NoSpace
 from hostimaged.jobs.events import Event, StatusEvent
@@ -55,18 +60,52 @@ class Bench:
         self.changes += 1
 
 
+@pytest_asyncio.fixture
+async def bench() -> AsyncIterator[Bench]:
+    yield Bench()
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def stalls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds of a processor that each callback of the loop took in the loop's own thread."""
+    durations: list[float] = []
+    run = asyncio.events.Handle._run
+
+    def timed(handle: asyncio.events.Handle) -> None:
+        started = time.thread_time()
+        run(handle)
+        durations.append(time.thread_time() - started)
+
+    monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
+    return durations
 
 
-def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None:
-    bench.cache.take(bench.cache.begin(), FOUND)
+def listed(bench: Bench) -> list[dict[str, tuple[str, Any]]]:
+    """The answer to ListImages, as another implementation of D-Bus reads it."""
+    answer = bench.cache.image_list
+    header = return_header(7, 9, ":1.5", answer.signature, len(answer.data))
+    parser = Parser()
+    parser.add_data(header + answer.data)
+    message = parser.get_next_message()
+    assert message is not None
+    assert message.header.message_type is MessageType.method_return
+    assert message.header.serial == 7
+    assert message.header.fields == {
+        HeaderFields.reply_serial: 9,
+        HeaderFields.destination: ":1.5",
+        HeaderFields.signature: "aa{sv}",
+    }
+    return list(message.body[0])
+
+
+async def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None:
+    await bench.cache.take(bench.cache.begin(), FOUND)
     assert bench.changes == 1
     assert bench.cache.findings.repository is not None
     assert bench.cache.findings.repository.used == 5
-    (row,) = bench.cache.image_rows
-    assert {key: (value.signature, value.value) for key, value in row.items()} == {
+    (row,) = listed(bench)
+    assert row == {
         "tag": ("s", "a"),
         "manifest-digest": ("s", "sha256:1"),
         "size": ("t", 7),
@@ -76,11 +115,11 @@ def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None:
     }
 
 
-def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
+async def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
     first, second = bench.cache.begin(), bench.cache.begin()
-    bench.cache.take(second, FOUND)
-    bench.cache.take(first, {"images": []})
-    assert len(bench.cache.image_rows) == 1
+    await bench.cache.take(second, FOUND)
+    await bench.cache.take(first, {"images": []})
+    assert len(listed(bench)) == 1
     assert bench.changes == 1
 
 
@@ -91,28 +130,49 @@ def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
         {"images": [{"size": -1}]},
         {"images": [{"tag": 5}]},
         {"images": "none"},
+        {"images": [{"tag": "a\0"}]},
+        {"images": [{"tag": "\ud800"}]},
+        {"problems": [{"id": "x", "text": "a\0"}]},
         {"problems": [{"id": "x"}]},
         {"problems": [{"id": "x", "text": "y", "severity": "fatal"}]},
     ],
 )
-def test_nonsense_keeps_what_was_known(bench: Bench, nonsense: dict[str, Any]) -> None:
-    bench.cache.take(bench.cache.begin(), FOUND)
-    bench.cache.take(bench.cache.begin(), nonsense)
-    assert len(bench.cache.image_rows) == 1
+async def test_nonsense_keeps_what_was_known(bench: Bench, nonsense: dict[str, Any]) -> None:
+    await bench.cache.take(bench.cache.begin(), FOUND)
+    await bench.cache.take(bench.cache.begin(), nonsense)
+    assert len(listed(bench)) == 1
     assert [problem.id for problem in bench.cache.findings.problems] == ["pulls", "scan"]
-    bench.cache.take(bench.cache.begin(), nonsense)
+    await bench.cache.take(bench.cache.begin(), nonsense)
     assert [problem.id for problem in bench.cache.findings.problems] == ["pulls", "scan"]
-    bench.cache.take(bench.cache.begin(), FOUND)
+    await bench.cache.take(bench.cache.begin(), FOUND)
     assert [problem.id for problem in bench.cache.findings.problems] == ["pulls"]
+
+
+async def test_thousands_of_images_hold_nobody_up(bench: Bench, stalls: list[float]) -> None:
+    """All that is done in the loop for 3,000 images, beside what any callback may wait for."""
+    digest, rows = "sha256:" + "a" * 64, 3000
+    row = {"manifest-digest": digest, "config-digest": digest, "reference": "docker://registry.example/os:x",
+           "source-digest": digest, "pulled": 1, "version": "1.0", "size": 1 << 30,
+           "image-ids": ["a" * 128, "b" * 128]}  # fmt: skip
+    status = {"images": [{"tag": f"localhost/hostimaged-pull-{n:071}"} | row for n in range(rows)]}
+    await bench.cache.take(bench.cache.begin(), status)
+    await asyncio.sleep(0)
+    assert len(listed(bench)) == rows
+    await asyncio.sleep(0)
+    stalls.clear()
+    await bench.cache.take(bench.cache.begin(), status)
+    bench.cache.document(daemon={}, tracked_image="", jobs=[], results=[], problems=[], update={}, holds=[])
+    await asyncio.sleep(0)
+    assert max(stalls) < 0.1, sorted(stalls)[-5:]
 
 
 async def test_refresh_asks_a_worker(bench: Bench) -> None:
     bench.next = FakeWorker([StatusEvent(status=FOUND)], Outcome())
     await bench.cache.refresh()
-    assert len(bench.cache.image_rows) == 1
+    assert len(listed(bench)) == 1
     bench.next = FakeWorker([], Outcome(failure=Failure.of(NoSpace("full"))))
     await bench.cache.refresh()
-    assert len(bench.cache.image_rows) == 1
+    assert len(listed(bench)) == 1
     assert bench.cache.findings.problems[-1].text == "the state of the repository could not be read: full"
 
 

@@ -18,6 +18,7 @@ from hostimage_dbus.framing import (
     ProtocolError,
     auth_answer,
     auth_request,
+    header_fields,
     parse_address,
 )
 
@@ -133,3 +134,54 @@ def test_authentication() -> None:
     for refusal in (b"REJECTED EXTERNAL", b"ERROR", b"", b"OK not hex"):
         with pytest.raises(ProtocolError):
             auth_answer(refusal)
+
+
+# header fields
+
+
+def field(code: int, kind: bytes, value: bytes) -> bytes:
+    return bytes([code, len(kind)]) + kind + b"\0" + value
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_header_fields(big: bool) -> None:
+    order = ">" if big else "<"
+    path = field(1, b"o", struct.pack(order + "I", 2) + b"/x\0")
+    path += bytes(-len(path) % 8)
+    fields = path + field(8, b"g", b"\2as\0") + field(9, b"u", struct.pack(order + "I", 3))
+    assert header_fields(message(4, b"body", fields, big=big)) == {1: "/x", 8: "as", 9: 3}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        field(1, b"v", b"\1u\0"),
+        field(1, b"", b""),
+        field(1, b"o", struct.pack("<I", 1 << 31) + b"/x\0"),
+        field(1, b"o", struct.pack("<I", 2) + b"\xff\xfe\0"),
+        field(9, b"u", b"\0"),
+    ],
+)
+def test_header_fields_that_are_none(fields: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        header_fields(message(4, b"", fields))
+
+
+@given(st.binary(max_size=80), st.booleans())
+def test_no_header_breaks_the_parser(fields: bytes, cut: bool) -> None:
+    data = message(4, b"", fields)
+    try:
+        found = header_fields(data[: len(data) // 2] if cut else data)
+    except ProtocolError:
+        return
+    assert all(isinstance(value, int | str) for value in found.values())
+
+
+def test_descriptors_are_negotiated_where_they_are_wanted() -> None:
+    assert auth_answer(b"OK 0123", descriptors=True) == b"NEGOTIATE_UNIX_FD\r\n"
+    assert auth_answer(b"AGREE_UNIX_FD", descriptors=True) == b"BEGIN\r\n"
+    for line in (b"ERROR", b"REJECTED EXTERNAL"):
+        with pytest.raises(ProtocolError):
+            auth_answer(line, descriptors=True)
+    with pytest.raises(ProtocolError):
+        auth_answer(b"AGREE_UNIX_FD")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from hostimage_dbus.errors import ErrorName
 from hostimaged.errors import Cancelled, Internal, InvalidArgs
-from hostimaged.jobs.channel import CANCEL, Channel
+from hostimaged.jobs.channel import ALONE, CANCEL, PAUSE, RESUME, Channel
 from hostimaged.jobs.operations import MAX_ORDER, Order, Scan
 from hostimaged.progress import Phase
 
@@ -87,15 +88,9 @@ def test_threads_do_not_mix_lines(pair: tuple[Channel, socket.socket]) -> None:
     assert max(event["done"] for event in events if event["event"] == "bytes") == 800
 
 
-def test_cancellation_is_seen_at_the_next_point(pair: tuple[Channel, socket.socket]) -> None:
-    channel, _ = pair
-    channel.at("somewhere")
-    channel._cancelled.set()
-    with pytest.raises(Cancelled):
-        channel.at("elsewhere")
-
-
-def test_cancel_message_sets_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Channel, socket.socket]]:
+    """A channel that takes requests; at the end of the daemon the worker would end."""
     ended = threading.Event()
     monkeypatch.setattr("hostimaged.jobs.channel._end_now", ended.set)
     ours, theirs = socket.socketpair()
@@ -103,13 +98,96 @@ def test_cancel_message_sets_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         channel = Channel(theirs)
         watch = threading.Thread(target=channel._watch)
         watch.start()
-        ours.sendall(CANCEL)
-        assert channel._cancelled.wait(10)
+        yield channel, ours
         assert not ended.is_set()
         ours.shutdown(socket.SHUT_WR)
         assert ended.wait(10)
         watch.join()
         channel._input.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def cancelled(channel: Channel) -> bool:
+    try:
+        channel.at("somewhere")
+    except Cancelled:
+        return True
+    return False
+
+
+def test_cancellation_is_seen_at_the_next_point(watched: tuple[Channel, socket.socket]) -> None:
+    channel, ours = watched
+    assert not cancelled(channel)
+    ours.sendall(CANCEL)
+    until(lambda: cancelled(channel))
+
+
+def test_a_request_that_is_none_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr("hostimaged.jobs.channel._end_now", ended.set)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(theirs)
+        ours.sendall(b"dance\n")
+        channel._watch()
+        assert ended.is_set()
+        channel._input.close()
+
+
+def test_pausing(watched: tuple[Channel, socket.socket]) -> None:
+    channel, ours = watched
+    channel.rest()
+    assert received(ours) == []
+    ours.sendall(PAUSE)
+    until(lambda: channel.pausing)
+    resting = threading.Thread(target=channel.rest)
+    resting.start()
+    ours.setblocking(True)
+    assert json.loads(ours.recv(1000)) == {"event": "paused", "paused": True}
+    resting.join(0.05)
+    assert resting.is_alive()
+    ours.sendall(RESUME)
+    resting.join()
+    assert received(ours) == [{"event": "paused", "paused": False}]
+    assert not channel.pausing
+
+
+def test_a_pause_ends_with_a_cancellation(watched: tuple[Channel, socket.socket]) -> None:
+    channel, ours = watched
+    ours.sendall(PAUSE + CANCEL)
+    until(lambda: channel.pausing and cancelled(channel))
+    for wait in (channel.rest, channel.alone().__enter__):
+        with pytest.raises(Cancelled):
+            wait()
+
+
+def test_having_the_repository_alone(watched: tuple[Channel, socket.socket]) -> None:
+    channel, ours = watched
+    for _ in range(2):
+        entered = threading.Event()
+        leave = threading.Event()
+
+        def work(entered: threading.Event = entered, leave: threading.Event = leave) -> None:
+            with channel.alone():
+                entered.set()
+                leave.wait(10)
+
+        working = threading.Thread(target=work)
+        working.start()
+        ours.setblocking(True)
+        assert json.loads(ours.recv(1000)) == {"event": "alone", "wanted": True}
+        assert not entered.wait(0.05)
+        ours.sendall(ALONE)
+        assert entered.wait(10)
+        leave.set()
+        working.join()
+        assert received(ours) == [{"event": "alone", "wanted": False}]
 
 
 def test_texts_are_one_printable_line(pair: tuple[Channel, socket.socket]) -> None:

@@ -91,6 +91,12 @@ def test_an_image_that_is_not_here(host: HostPaths, layout: Layout) -> None:
     assert not list(host.run_dir.glob("tmp/*"))
 
 
+def test_the_page_of_what_changed(host: HostPaths, layout: Layout) -> None:
+    page = "https://os.example/changes?v=1.0"
+    layout.image("v1", [layer(layout, b"one")], labels={"changelog-url": page})
+    assert check(host, layout).as_dict()["changelog-url"] == page
+
+
 def test_an_image_that_is_here(host: HostPaths, layout: Layout) -> None:
     image(layout, layer(layout, b"one"))
     pull(host, layout)

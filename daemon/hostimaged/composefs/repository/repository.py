@@ -263,6 +263,10 @@ class Repository:
     ) -> None:
         self.close()
 
+    def unlock(self) -> None:
+        """Give the lock up until ``relock``; only what ``open_unlocked`` says holds meanwhile."""
+        locks.unlock(self._fd)
+
     def relock(
         self,
         *,
