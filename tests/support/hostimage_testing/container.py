@@ -68,16 +68,17 @@ def _bootstrap(base: Path) -> None:
     program = require("mmdebstrap")
     base.parent.mkdir(parents=True, exist_ok=True)
     partial = base.with_suffix(".partial.tar")
-    argv = [
-        program,
-        "--variant=minbase",
-        "--mode=root",
-        f"--include={PACKAGES}",
-        "--quiet",
-        "trixie",
-        partial,
-    ]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")]
+    argv = [program, "--variant=minbase", "--mode=root", f"--include={PACKAGES}", *slim, "--quiet", "trixie"]
+    # Without our terminal: a package that asks something there would wait for ever in the background.
+    done = subprocess.run(
+        ["setpriv", "--pdeathsig", "TERM", *argv, partial],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     if done.returncode != 0:
         absent(f"mmdebstrap failed: {done.stderr[-500:]}")
     partial.rename(base)
@@ -277,11 +278,13 @@ def _cgroups() -> Iterator[Sequence[str]]:
     processes.
     """
     made = []
+    # The same in all: systemd-nspawn mirrors the one hierarchy's in the other.
+    name = f"hostimage-test-{os.getpid()}-{time.monotonic_ns()}"
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, below = line.split(":", 2)
         if controllers in ("", "name=systemd"):
             parent = _mount_point(controllers) / below.lstrip("/")
-            made.append(parent / f"hostimage-test-{os.getpid()}-{time.monotonic_ns()}")
+            made.append(parent / name)
     for group in made:
         group.mkdir()
     try:
