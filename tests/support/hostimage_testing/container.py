@@ -220,7 +220,7 @@ def booted(root: Path, bus: str) -> Iterator[Container]:
             container.run("systemctl", "is-system-running", "--wait", limit=BOOT_LIMIT)
             yield container
         finally:
-            _stop(process, leader)
+            _stop(process, leader, console)
 
 
 @contextmanager
@@ -253,9 +253,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], listener: socket.socket,
     raise RuntimeError(f"the container did not start:\n{console.read_text(errors='replace')[-4000:]}")
 
 
-def _stop(process: subprocess.Popen[bytes], leader: int | None) -> None:
+def _stop(process: subprocess.Popen[bytes], leader: int | None, console: Path) -> None:
     """Shut the container down, or kill it; ``leader``: pidfd of its init, which is closed."""
-    if process.poll() is None:
+    try:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_LIMIT)
@@ -265,9 +265,11 @@ def _stop(process: subprocess.Popen[bytes], leader: int | None) -> None:
             if leader is not None:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(leader, signal.SIGKILL)
-            pytest.fail("the container did not shut down")
-    if leader is not None:
-        os.close(leader)
+                select.select([leader], [], [], STOP_LIMIT)
+            pytest.fail(f"the container did not shut down:\n{console.read_text(errors='replace')[-4000:]}")
+    finally:
+        if leader is not None:
+            os.close(leader)
 
 
 @contextmanager
