@@ -288,6 +288,8 @@ class JobQueue:
         self._lanes.remove(job)
         self._observer.job_finished(job)
         self._wake.set()
+        self._history.told(job)
+        await self.save()
 
     def _take(self, job: Job, event: Event) -> None:
         """Take in an event; numbers are announced by the ticker, everything else at once."""

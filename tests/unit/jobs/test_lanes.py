@@ -248,7 +248,7 @@ async def test_a_job_that_ended_is_not_listed_while_its_end_is_written(bench: Be
     bench.history.save = spy  # type: ignore[method-assign]
     worker.end(Outcome())
     await bench.until("finished", job.id, "done")
-    assert listed == [([], None, True)]
+    assert listed[0] == ([], None, True)
 
 
 async def test_stopping_ends_all_lanes(bench: Bench) -> None:
