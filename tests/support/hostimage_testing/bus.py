@@ -49,6 +49,9 @@ _BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
   </policy>
+  <policy user="{uid}">
+    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Monitoring"/>
+  </policy>
   {polkit}
   <include>{policy}</include>
   {own_user}
@@ -83,6 +86,7 @@ def running_bus(directory: Path) -> Iterator[Bus]:
             socket=directory / "bus",
             abstract=abstract,
             policy=POLICY,
+            uid=uid,
             polkit=POLKIT,
             own_user=_OWN_USER.format(uid=uid) if uid else "",
         )
