@@ -16,6 +16,7 @@ import pytest_asyncio
 from blockbuster import blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
+from hostimage_testing import debian as debian_image
 from hostimage_testing.registry import Registry, running_registry
 from hostimage_testing.tools import require
 
@@ -112,3 +113,10 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """A real registry on loopback, shared by the tests of a session."""
     with running_registry(tmp_path_factory.mktemp("registry")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def debian(tmp_path_factory: pytest.TempPathFactory) -> debian_image.Debian:
+    """A Debian 13 root with a kernel as OCI images."""
+    cache = os.environ.get("HOSTIMAGE_TEST_CACHE")
+    return debian_image.prepare(Path(cache) / "debian" if cache else tmp_path_factory.mktemp("debian"))

@@ -258,6 +258,38 @@ async def test_gdbus_watches_properties(daemon: Daemon, client: Client) -> None:
     assert any("'ActiveJob': <objectpath '/'>" in line for line in changed)
 
 
+async def test_busctl_watches_properties_and_objects(daemon: Daemon, client: Client) -> None:
+    """As debuggers see it, who become monitors of the bus: every signal, each from its right path."""
+    await daemon.start()
+    busctl = [require("busctl"), f"--address={daemon.bus.address}", "--json=short"]
+    program = await asyncio.create_subprocess_exec(
+        *busctl, "monitor", BUS_NAME, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    seen: list[tuple[str, str]] = []
+    path = ""
+    try:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        async with asyncio.timeout(PATIENCE):
+            assert b"Monitoring bus message stream" in await program.stderr.readline()
+            path = await client.pull(daemon.script("image", {"phase": "pulling"}, {"result": {}}))
+            while not seen or seen[-1][1] != "JobRemoved":
+                message = json.loads(await program.stdout.readline())
+                if message["type"] == "signal":
+                    seen.append((message["path"], message["member"]))
+    finally:
+        program.kill()
+        await program.communicate()
+    assert (ROOT_PATH, "InterfacesAdded") in seen
+    assert {where for where, member in seen if member != "PropertiesChanged"} == {ROOT_PATH}
+    assert {where for where, member in seen if member == "PropertiesChanged"} == {ROOT_PATH, path}
+    read = run(*busctl, "get-property", BUS_NAME, path, JOB_INTERFACE, "State", "Progress").out
+    assert [json.loads(line) for line in read.splitlines()] == [
+        {"type": "s", "data": "done"},
+        {"type": "d", "data": 1.0},
+    ]
+
+
 def interpreter_start() -> float:
     """Seconds that Python takes to start and end, with nothing to do."""
     started = now()

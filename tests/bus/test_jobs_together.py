@@ -71,6 +71,34 @@ async def test_cancel_in_every_state(daemon: Daemon, client: Client, tmp_path: P
     assert (await error_of(client.cancel(path))).name == ErrorName.JOB_NOT_CANCELLABLE
 
 
+async def test_a_job_being_cancelled_may_be_cancelled_again(daemon: Daemon, client: Client) -> None:
+    await daemon.start()
+    path = await client.pull(daemon.script("image", {"message": "on"}, {"stubborn": "SIGTERM"}))
+    await client.changed(path, JOB_INTERFACE, "Message", "on")
+    await client.cancel(path)
+    job = await client.job(path)
+    assert (job["State"], job["Cancellable"]) == ("cancelling", True)
+    await client.cancel(path)
+    assert (await client.removed(path))[3:5] == ["cancelled", ErrorName.CANCELLED]
+    assert client.changes(path, JOB_INTERFACE, "State") == ["running", "cancelling", "cancelled"]
+
+
+async def test_a_job_is_not_cancelled_at_its_end(daemon: Daemon, client: Client, tmp_path: Path) -> None:
+    """While the state of the host is read after it: what was done is done."""
+    daemon.findings(deployments=[{"id": "a" * 64}])
+    await daemon.start()
+    await client.until(lambda: client.named("InterfacesAdded"))
+    go = tmp_path / "go"
+    daemon.findings(wait=str(go))
+    path = await client.pull(daemon.script("image", {"kill": 9}))
+    await client.changed(path, JOB_INTERFACE, "State", "finalizing")
+    assert (await client.job(path))["Cancellable"] is False
+    assert (await error_of(client.cancel(path))).name == ErrorName.JOB_NOT_CANCELLABLE
+    assert (await client.job(path))["State"] == "finalizing"
+    go.touch()
+    assert (await client.removed(path))[3:5] == ["failed", ErrorName.INTERNAL]
+
+
 async def test_a_background_check_never_delays_a_user(daemon: Daemon, client: Client, tmp_path: Path) -> None:
     await daemon.start()
     pid, go, slow = tmp_path / "pid", tmp_path / "go", tmp_path / "slow"

@@ -233,9 +233,9 @@ def _decoded(kind: str, chunks: Iterable[bytes]) -> bytes:
 
 @target(UnsupportedImage, max_length=8 << 10)
 def gzip(data: bytes) -> None:
-    """Both libraries decode the same, as zlib does member by member."""
+    """Both libraries decode the same, as zlib does member by member; but isal takes some codes it refuses."""
     results: list[bytes | str] = []
-    for library in {gunzip._library, zlib}:
+    for library in (zlib, gunzip._library):
         kept, gunzip._library = gunzip._library, library
         try:
             results.append(_decoded("gzip", pieces(data)))
@@ -243,9 +243,10 @@ def gzip(data: bytes) -> None:
             results.append(error.message)
         finally:
             gunzip._library = kept
-    assert len({type(result) for result in results}) == 1, "one library takes it, one refuses it"
+    # What zlib refuses is compared no further: isal lets incomplete sets of Huffman codes pass.
     if isinstance(results[0], str):
         raise UnsupportedImage(results[0])
+    assert not isinstance(results[1], str), "zlib takes it, isal refuses it"
     rest, expected = data, b""
     while rest:
         member = zlib.decompressobj(31)

@@ -27,6 +27,7 @@ _BLOCKS: Final = 8
 _MAGIC: Final = 0xFD2FB528
 _SKIPPABLE: Final = range(0x184D2A50, 0x184D2A60)
 _RLE: Final = 1
+_COMPRESSED: Final = 2
 
 
 def unzstd(chunks: Iterable[Buffer]) -> Iterator[Buffer]:
@@ -114,7 +115,11 @@ def _frame_header(source: ChunkedInput) -> tuple[bytes, bool, int | None]:
 
 def _block_size(header: int) -> int:
     """Bytes that follow a block's header of 3 bytes; the library judges the block itself."""
-    return 1 if (header >> 1) & 3 == _RLE else header >> 3
+    kind, size = (header >> 1) & 3, header >> 3
+    if kind == _COMPRESSED and not size:
+        # Not even the headers inside it. The library takes it or not, as the input happens to be cut.
+        raise UnsupportedImage("the zstd data is damaged: a compressed block has no bytes")
+    return 1 if kind == _RLE else size
 
 
 def _whole_blocks(source: ChunkedInput) -> tuple[bool, memoryview]:

@@ -50,6 +50,9 @@ _BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
   </policy>
+  <policy user="{uid}">
+    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Monitoring"/>
+  </policy>
   {doubles}
   <include>{policy}</include>
   {own_user}
@@ -84,6 +87,7 @@ def running_bus(directory: Path) -> Iterator[Bus]:
             socket=directory / "bus",
             abstract=abstract,
             policy=POLICY,
+            uid=uid,
             doubles=POLKIT + LOGIND,
             own_user=_OWN_USER.format(uid=uid) if uid else "",
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.processes import Process, descendants
 from hostimage_testing.tools import Finished, absent, require
 from hostimage_testing.wheel import build_wheel
 
@@ -37,8 +38,20 @@ PASSWORD = "correct horse"
 #: Where the programs of the tests are inside.
 PROGRAMS = "/opt/hostimage-testing"
 BOOT_LIMIT = 120.0
-#: Seconds for an orderly shutdown; then the container is killed.
+#: Seconds for an orderly shutdown; then the container is killed. Within it systemd kills units that do not
+#: end in their time: ours, which says so itself, and all others in ``UNIT_LIMIT``.
 STOP_LIMIT = 60.0
+UNIT_LIMIT = 10
+#: Seconds until what was killed is gone.
+KILL_LIMIT = 10.0
+_DROP_INS = {
+    # Tests stop and start it more often than five times in ten seconds.
+    "system/hostimaged.service.d/test.conf": "[Unit]\nStartLimitIntervalSec=0\n",
+    # Whatever misses its signal to end may keep a shutdown for 90 s, the manager of a user for 120 s.
+    "system.conf.d/test.conf": f"[Manager]\nDefaultTimeoutStopSec={UNIT_LIMIT}s\n",
+    "user.conf.d/test.conf": f"[Manager]\nDefaultTimeoutStopSec={UNIT_LIMIT}s\n",
+    "system/user@.service.d/test.conf": f"[Service]\nTimeoutStopSec={UNIT_LIMIT}s\n",
+}
 _ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8")
 _JOIN_AND_EXEC = 'for group in $1; do echo $$ >"$group/cgroup.procs"; done; shift; exec "$@"'
 
@@ -57,10 +70,10 @@ def prepare(directory: Path, cache: Path) -> Path:
     programs.mkdir()
     for name in ("person_inside.py", "session_client.py"):
         shutil.copy(Path(__file__).with_name(name), programs)
-    # Tests stop and start it more often than five times in ten seconds.
-    drop_in = root / "etc/systemd/system/hostimaged.service.d/test.conf"
-    drop_in.parent.mkdir()
-    drop_in.write_text("[Unit]\nStartLimitIntervalSec=0\n")
+    for name, text in _DROP_INS.items():
+        drop_in = root / "etc/systemd" / name
+        drop_in.parent.mkdir()
+        drop_in.write_text(text)
     return root
 
 
@@ -68,16 +81,17 @@ def _bootstrap(base: Path) -> None:
     program = require("mmdebstrap")
     base.parent.mkdir(parents=True, exist_ok=True)
     partial = base.with_suffix(".partial.tar")
-    argv = [
-        program,
-        "--variant=minbase",
-        "--mode=root",
-        f"--include={PACKAGES}",
-        "--quiet",
-        "trixie",
-        partial,
-    ]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")]
+    argv = [program, "--variant=minbase", "--mode=root", f"--include={PACKAGES}", *slim, "--quiet", "trixie"]
+    # Without our terminal: a package that asks something there would wait for ever in the background.
+    done = subprocess.run(
+        ["setpriv", "--pdeathsig", "TERM", *argv, partial],
+        check=False,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     if done.returncode != 0:
         absent(f"mmdebstrap failed: {done.stderr[-500:]}")
     partial.rename(base)
@@ -186,13 +200,15 @@ def booted(root: Path, bus: str) -> Iterator[Container]:
     # Without the alias, dbus.service is dbus-daemon's own unit.
     if bus == "dbus-broker":
         alias.symlink_to("/usr/lib/systemd/system/dbus-broker.service")
+    # No two at a time share a name: systemd-nspawn, and the hierarchies of cgroups, know it by that.
+    name = f"hostimage-test-{os.getpid()}-{time.monotonic_ns()}"
     argv = [
-        nspawn, "--quiet", f"--directory={root}", f"--machine={root.parent.name[-50:]}", "--boot",
+        nspawn, "--quiet", f"--directory={root}", f"--machine={name}", "--boot",
         "--register=no", "--keep-unit", "--private-network", "--resolv-conf=off", "--timezone=off",
         "--link-journal=no", "--notify-ready=yes", "--console=read-only",
     ]  # fmt: skip
     console = root.parent / "console"
-    with _cgroups() as groups, _notifications() as (path, listener), console.open("wb") as output:
+    with _cgroups(name) as groups, _notifications() as (path, listener), console.open("wb") as output:
         # Its parent's end is its own: nothing of a test run that was killed stays.
         wrapped = [
             "setpriv",
@@ -212,14 +228,18 @@ def booted(root: Path, bus: str) -> Iterator[Container]:
             stderr=output,
             env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": path},
         )
-        leader = None
+        leader = container = None
         try:
             container = Container(root, bus, _wait_until_ready(process, listener, console))
             leader = os.pidfd_open(container.leader)
             container.run("systemctl", "is-system-running", "--wait", limit=BOOT_LIMIT)
             yield container
         finally:
-            _stop(process, leader)
+            try:
+                _stop(process, leader, container)
+            finally:
+                # It removes that itself only where /run is in memory.
+                shutil.rmtree(f"/run/systemd/nspawn/propagate/{name}", ignore_errors=True)
 
 
 @contextmanager
@@ -233,7 +253,11 @@ def _notifications() -> Iterator[tuple[str, socket.socket]]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], listener: socket.socket, console: Path) -> int:
-    """Wait for the container's init to be ready; gives its process id."""
+    """Wait for the container's init to be ready; gives its process id. Closes ``listener``.
+
+    It is told of units and jobs until the end. Nobody reads that, and a socket that is open and full stops
+    systemd-nspawn, then the init that tells it, in the middle of the shutdown.
+    """
     end = time.monotonic() + BOOT_LIMIT
     leader = -1
     ended = os.pidfd_open(process.pid)
@@ -248,30 +272,58 @@ def _wait_until_ready(process: subprocess.Popen[bytes], listener: socket.socket,
                 if line == "READY=1" and leader > 0:
                     return leader
     finally:
+        listener.close()
         os.close(ended)
     raise RuntimeError(f"the container did not start:\n{console.read_text(errors='replace')[-4000:]}")
 
 
-def _stop(process: subprocess.Popen[bytes], leader: int | None) -> None:
-    """Shut the container down, or kill it; ``leader``: pidfd of its init, which is closed."""
-    if process.poll() is None:
+def _stop(process: subprocess.Popen[bytes], leader: int | None, running: Container | None) -> None:
+    """Shut the container down, or kill it and say what kept it; ``leader``: its init's pidfd, closed here."""
+    try:
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if _ends(process, STOP_LIMIT):
+            return
+        kept = "" if running is None else _what_keeps(running)
+        # The second one makes systemd-nspawn kill what runs in the container, and clean up after it.
+        process.send_signal(signal.SIGTERM)
+        if not _ends(process, KILL_LIMIT):
             if leader is not None:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(leader, signal.SIGKILL)
-            pytest.fail("the container did not shut down")
-    if leader is not None:
-        os.close(leader)
+            if not _ends(process, KILL_LIMIT):
+                process.kill()
+                process.wait()
+        pytest.fail(f"the container did not shut down in {STOP_LIMIT:.0f} s:\n{kept}")
+    finally:
+        if leader is not None:
+            select.select([leader], [], [], KILL_LIMIT)
+            os.close(leader)
+
+
+def _ends(process: subprocess.Popen[bytes], limit: float) -> bool:
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _what_keeps(container: Container) -> str:
+    """What a container that shuts down still does: jobs of its systemd, processes, the end of its console."""
+    shown = []
+    with suppress(subprocess.TimeoutExpired):
+        jobs = container.run("systemctl", "--no-pager", "list-jobs", check=False, limit=10)
+        shown.append(jobs.out or jobs.err)
+    for process in [Process(container.leader), *descendants(container.leader)]:
+        with suppress(OSError):
+            shown.append(f"{process.pid} {process.parent} {process.state} {process.command or process.name}")
+    console = container.root.parent / "console"
+    return "\n".join([*shown, console.read_text(errors="replace")[-2000:]])
 
 
 @contextmanager
-def _cgroups() -> Iterator[Sequence[str]]:
-    """Empty cgroups below our own in every hierarchy that systemd uses.
+def _cgroups(name: str) -> Iterator[Sequence[str]]:
+    """Empty cgroups below our own in every hierarchy that systemd uses, of one name in all.
 
     The container's systemd manages the cgroup it finds itself in; two of them in one would kill each other's
     processes.
@@ -281,15 +333,42 @@ def _cgroups() -> Iterator[Sequence[str]]:
         _, controllers, below = line.split(":", 2)
         if controllers in ("", "name=systemd"):
             parent = _mount_point(controllers) / below.lstrip("/")
-            made.append(parent / f"hostimage-test-{os.getpid()}-{time.monotonic_ns()}")
+            _remove_stale(parent)
+            made.append(parent / name)
     for group in made:
         group.mkdir()
     try:
         yield [str(group) for group in made]
     finally:
         for group in made:
+            _remove(group)
+
+
+def _remove_stale(parent: Path) -> None:
+    """Remove what runs of the tests left that were killed."""
+    for left in parent.glob("hostimage-test-*"):
+        if not Path(f"/proc/{left.name.split('-')[2]}").exists():
+            with suppress(OSError):
+                _remove(left)
+
+
+def _remove(group: Path) -> None:
+    """Remove a cgroup with all below it; what still runs there is killed."""
+    end = time.monotonic() + KILL_LIMIT
+    # Another hierarchy's may have been removed along with this one.
+    while group.exists():
+        try:
             for directory, _, _ in os.walk(group, topdown=False):
                 os.rmdir(directory)
+        except OSError:
+            # A process counts until it is gone for good, which may be after its parent was told.
+            if time.monotonic() > end:
+                raise
+            for procs in group.rglob("cgroup.procs"):
+                for pid in procs.read_text().split():
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.1)
 
 
 def _mount_point(controllers: str) -> Path:

@@ -98,11 +98,13 @@ def misbehave(what: str, argument: Any, channel: Channel) -> None:
 
 
 def scan(paths: HostPaths, _operation: Scan, channel: Channel) -> None:
-    """The findings are in a file below the root, if it is there."""
+    """The findings are in a file below the root, if it is there; with a ``wait`` for another file."""
     try:
         found = json.loads((paths.physical_root / "findings.json").read_text())
     except FileNotFoundError:
         found = {"repository": None, "images": [], "problems": []}
+    if awaited := found.pop("wait", None):
+        perform("wait", awaited, channel)
     channel.status(found)
 
 

@@ -224,6 +224,16 @@ def test_a_frame_of_another_length_than_it_says_is_refused(size: int) -> None:
     assert run(ZSTD, good) == (b"abcdef" if size else b"")
 
 
+@pytest.mark.parametrize("step", [1, 4, 1000])
+def test_a_compressed_block_without_bytes_is_refused(step: int) -> None:
+    """The library's own answer depends on where the input is cut."""
+    for last in (0, 1):
+        block = (2 << 1 | last).to_bytes(3, "little")
+        blob = b"\x28\xb5\x2f\xfd\x20\0" + block
+        with pytest.raises(UnsupportedImage, match="no bytes"):
+            run(ZSTD, blob, step)
+
+
 def bomb(blocks: int) -> bytes:
     """A zstd frame of 128 KiB for every four bytes: run-length blocks."""
     block = ((128 << 10) << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
