@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Repository
     from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.progress import Reporter
 
 #: Named points of ``Reporter.at``, each before or after one effect on the repository.
@@ -48,11 +49,21 @@ class Contents:
 
 
 class Commit:
-    """Stores an image whose layers are there; ``changed`` says whether anything had to be written."""
+    """Stores an image whose layers are there; ``changed`` says whether anything had to be written.
 
-    def __init__(self, repository: Repository, contents: Contents, reporter: Reporter) -> None:
+    Entries of layers that are ``kept`` need not be read back.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        contents: Contents,
+        reporter: Reporter,
+        kept: KeptEntries | None = None,
+    ) -> None:
         self._repository = repository
         self._contents = contents
+        self._kept = kept
         self._reporter = reporter
         self.changed = False
         self.image_ids: dict[Format, ObjectId] = {}
@@ -101,7 +112,7 @@ class Commit:
         self._reporter.generating(done, len(wanted))
         if not missing:
             return
-        tree = build_tree(repository, list(self._contents.layers.values()))
+        tree = build_tree(repository, list(self._contents.layers.values()), kept=self._kept)
         for kind in missing:
             self._reporter.at("image.built")
             self.image_ids[kind] = repository.write_image(build(tree, kind, repository.algorithm))

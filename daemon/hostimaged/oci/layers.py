@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs.repository import StorePool
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from hostimaged.composefs.repository import Repository
     from hostimaged.ids import ObjectId
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
     from hostimaged.oci.source import ImageSource
     from hostimaged.progress import Phase, Reporter
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = ("layer.verified", "layer.stored")
 
 
+#: Bytes to fetch, compressed, from which on helpers save more time than they take to start.
+_WORTH_HELPERS: Final = 8 << 20
+#: Storage feeds no more, and each takes some 20 MB.
+_MAX_HELPERS: Final = 7
 #: Type of a layer that is a bare tar.
 UNCOMPRESSED: Final = "application/vnd.oci.image.layer.v1.tar"
 
@@ -107,10 +113,14 @@ def stored_layer(repository: Repository, plan: LayerPlan) -> ObjectId | None:
 
 
 def fetch_layers(
-    repository: Repository, source: ImageSource, plans: Sequence[LayerPlan], reporter: StoppableReporter
+    repository: Repository,
+    source: ImageSource,
+    plans: Sequence[LayerPlan],
+    reporter: StoppableReporter,
+    kept: KeptEntries | None = None,
 ) -> dict[DiffId, ObjectId]:
     """Fetch and store ``plans``, each of another id, as many at once as there are processors; their stream
-    ids.
+    ids. The entries of the layers are put into ``kept``.
 
     The largest come first, so that the last ones to end are short. Every layer that is named is complete and
     verified, whatever happens to the others. The first error stops the rest and is raised.
@@ -118,10 +128,19 @@ def fetch_layers(
     if not plans:
         return {}
     ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
-    workers = min(os.cpu_count() or 1, len(ordered))
+    processors = len(os.sched_getaffinity(0))
+    helpers = min(processors - 1, _MAX_HELPERS)
+    if sum(plan.descriptor.size for plan in plans) < _WORTH_HELPERS:
+        helpers = 0
+    workers = min(processors, len(ordered))
     found: dict[DiffId, ObjectId] = {}
-    with ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool:
-        futures = {pool.submit(_fetch, repository, source, plan, reporter): plan for plan in ordered}
+    with (
+        StorePool(repository, helpers) as store,
+        ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool,
+    ):
+        futures = {
+            pool.submit(_fetch, repository, source, plan, reporter, store, kept): plan for plan in ordered
+        }
         try:
             for future in as_completed(futures):
                 found[futures[future].id] = future.result()
@@ -134,13 +153,18 @@ def fetch_layers(
 
 
 def _fetch(
-    repository: Repository, source: ImageSource, plan: LayerPlan, reporter: StoppableReporter
+    repository: Repository,
+    source: ImageSource,
+    plan: LayerPlan,
+    reporter: StoppableReporter,
+    store: StorePool,
+    kept: KeptEntries | None,
 ) -> ObjectId:
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
             pieces = decompressed(plan.media_type, counted)
-            return import_layer(repository, pieces, plan.id, reporter).stream_id
+            return import_layer(repository, pieces, plan.id, reporter, store, kept).stream_id
         return _store_blob(repository, counted, plan)
 
 

@@ -28,6 +28,7 @@ from hostimaged.errors import (
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
 from hostimaged.oci.commit import Commit, Contents
+from hostimaged.oci.entries import KeptEntries
 from hostimaged.oci.images import IMAGE_REFS
 from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
@@ -186,6 +187,8 @@ class _Pull:
         self._repository = repository
         self._reference = reference
         self._reporter = reporter
+        # A layer that was just imported need not be read back.
+        self._kept = KeptEntries()
 
     def fetch(
         self, source: ImageSource, expect_digest: str | None
@@ -194,7 +197,7 @@ class _Pull:
         image = self._resolve(source, expect_digest)
         self._reporter.at("pull.resolved")
         self._begin(image)
-        fetched = fetch_layers(self._repository, source, image.missing, self._reporter)
+        fetched = fetch_layers(self._repository, source, image.missing, self._reporter, self._kept)
         return image, image.stored | fetched
 
     def commit(self, image: _Resolved, found: dict[DiffId, ObjectId]) -> PullResult:
@@ -209,7 +212,7 @@ class _Pull:
             {str(plan.id): found[plan.id] for plan in image.plans},
             artifact=image.config is None,
         )
-        commitment = Commit(self._repository, contents, self._reporter)
+        commitment = Commit(self._repository, contents, self._reporter, self._kept)
         commitment.run()
         return self._result(image, commitment)
 
