@@ -52,6 +52,8 @@ fuzz: $(STAMP)
 
 soak: $(STAMP)
 	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
+	@for kind in dumps directories layers; do \
+	    PYTHONPATH=tests/support $(BIN)/python tests/fuzz/differential.py $$kind --seed $$RANDOM || exit 1; done
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

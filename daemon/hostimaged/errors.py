@@ -8,19 +8,24 @@ it reaches unprivileged callers.
 from __future__ import annotations
 
 import errno
-import re
 from typing import ClassVar, Final
 
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 
 _MESSAGE_LIMIT: Final = 1000
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def printable(value: object) -> str:
-    """``value`` as one bounded line of printable text, for values that come from outside."""
+    """``value`` as one bounded line of printable text, for values that come from outside.
+
+    Control and format characters (bidirectional overrides among them), line separators, surrogates and
+    unassigned code points are written as escapes.
+    """
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode("ascii"), text[:_MESSAGE_LIMIT])
+    text = text[:_MESSAGE_LIMIT]
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class HostimageError(Exception):

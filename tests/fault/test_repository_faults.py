@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from hostimage_testing.disk import EXPECTED, Crash, Disk
 from hostimaged.composefs import fsverity, splitstream
 from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.repository import OldRepository, Repository, RepositoryMissing, Verity
 from hostimaged.composefs.splitstream import ContentType, SplitStream
-from hostimaged.errors import HostimageError, NoSpace, ReadOnly, StorageError
+from hostimaged.errors import HostimageError, StorageError
 from hostimaged.ids import ObjectId
 from hostimaged.system import durable, syscalls
 
@@ -27,72 +28,6 @@ OLD, NEW = b"old content" * 100, b"new content" * 100
 DAMAGED = b"soon to be cut short" * 100
 DAMAGED_ID = fsverity.digest(Algorithm.SHA256, DAMAGED)
 NOISE = bytes(os.urandom(3000))
-
-_CHANGES = ("write", "mkdir", "symlink", "link", "rename", "unlink", "fsync")
-_OTHER_CHANGES = ("syncfs", "rename_noreplace", "rename_exchange")
-
-
-class Crash(BaseException):
-    """The machine stopped."""
-
-
-class Disk:
-    """Fails the change number ``at`` of the file system, counted from 0, with ``code``; or crashes there."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, tmpfile: bool = True) -> None:
-        self._tmpfile = tmpfile
-        self.at = -1
-        self.code = 0
-        self.count = 0
-        self._patch = monkeypatch
-        self._open, self._write, self._unlink = os.open, os.write, os.unlink
-
-    def install(self) -> None:
-        for module, names in ((os, _CHANGES), (syscalls, _OTHER_CHANGES)):
-            for name in names:
-                self._patch.setattr(module, name, self._failing(getattr(module, name)))
-        self._patch.setattr(os, "write", self._short_write)
-        self._patch.setattr(os, "open", self._creating_open)
-
-    def plan(self, at: int, code: int) -> None:
-        self.at, self.code, self.count = at, code, 0
-
-    def _step(self) -> None:
-        count, self.count = self.count, self.count + 1
-        if self.at < 0 or count < self.at:
-            return
-        if not self.code:
-            raise Crash
-        if count == self.at:
-            raise OSError(self.code, os.strerror(self.code))
-
-    def _failing(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            # Cleaning up after an error is done as far as it goes: a failure there is not told.
-            if not (self.code and real is self._unlink and str(args[0]).startswith(".")):
-                self._step()
-            return real(*args, **kwargs)
-
-        return call
-
-    def _short_write(self, fd: int, data: bytes) -> int:
-        """A full disk takes the first bytes."""
-        try:
-            self._step()
-        except BaseException:
-            self._write(fd, bytes(data)[: len(data) // 2])
-            raise
-        return self._write(fd, data)
-
-    def _creating_open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            if not self._tmpfile:
-                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-            self._step()
-        elif flags & os.O_CREAT:
-            self._step()
-        return self._open(path, flags, mode, dir_fd=dir_fd)
-
 
 # --- the operations -----------------------------------------------------------------------------------------
 
@@ -212,9 +147,6 @@ def steps_of(disk: Disk, tmp_path: Path, operation: Operation, code: int) -> int
     operation(path)
     assert disk.count
     return disk.count
-
-
-EXPECTED = {errno.ENOSPC: NoSpace, errno.EDQUOT: NoSpace, errno.EROFS: ReadOnly, errno.EIO: StorageError}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -10,6 +10,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import zstandard
 
@@ -134,10 +135,51 @@ def joined(header: bytes, tail: bytes, parts: list[bytes]) -> bytes:
     return head + struct.pack("<8Q", a, b, b, c, d, e, c, d) + tail.ljust(16, b"\0") + b"".join(parts)
 
 
+def proxy(data: bytes, change: Change, limit: int, rng: random.Random) -> bytes:
+    """One text of a script of replies, with its length made right; or the order of the replies."""
+    replies = _replies(data)
+    if not replies or rng.random() < 0.2:
+        return change(data, limit)
+    at = rng.randrange(len(replies))
+    flags, *texts = replies[at]
+    kind = rng.random()
+    if kind < 0.1:
+        replies.insert(rng.randrange(len(replies)), replies[at])
+    elif kind < 0.2:
+        del replies[at]
+    elif kind < 0.3:
+        flags ^= 1 << rng.randrange(6)
+        replies[at] = (flags, texts[0], texts[-1] if len(texts) > 1 else b"")[: 3 if flags & 1 else 2]
+    else:
+        which = rng.randrange(len(texts))
+        texts[which] = change(texts[which], 4096)
+        replies[at] = (flags, *texts)
+    return b"".join(_reply(*reply) for reply in replies)[:limit]
+
+
+def _replies(data: bytes) -> list[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    at = 0
+    while at < len(data):
+        flags, texts = data[at], []
+        at += 1
+        for _ in range(2 if flags & 1 else 1):
+            end = at + 2 + int.from_bytes(data[at : at + 2], "little")
+            texts.append(data[at + 2 : end])
+            at = end
+        found.append((flags, *texts))
+    return found
+
+
+def _reply(flags: int, *texts: bytes) -> bytes:
+    return bytes([flags]) + b"".join(struct.pack("<H", len(text)) + text for text in texts)
+
+
 MUTATORS: dict[str, Mutator] = {
     "tar": tar,
     "layer": tar,
     "gzip": gzip,
     "zstd": zstd,
     "stream": stream,
+    "proxy": proxy,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
+import random
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -115,7 +115,7 @@ def gzip_seeds() -> Iterator[bytes]:
     yield plain
     yield gzip.compress(b"", mtime=0)
     yield gzip.compress(bytes(100_000), mtime=0) + gzip.compress(b"two", mtime=0)
-    yield gzip.compress(os.urandom(300), 0, mtime=0)
+    yield gzip.compress(random.Random(0).randbytes(300), 0, mtime=0)
     named = plain[:3] + b"\x1c" + plain[4:10] + b"\x03\0ext" + b"name\0comment\0" + plain[10:]
     yield named
     yield plain + b"\0" * 8
@@ -288,6 +288,7 @@ def proxy_seeds() -> Iterator[bytes]:
     yield _reply("0.2.8") + _reply(None, success=False, error="no space left on device", error_code="other")
     yield _reply("0.2.8") + _reply(None, success=False, error='unauthorized: "https://u:p@host/v2/?token=x"')
     yield _reply("0.1.0")
+    yield _reply("0.2.8", pipeid=float("inf"))
     yield opened + _reply(DIGEST, PIPE | FD_1, raw)
     yield opened + _reply(DIGEST, UNASKED)
     log = b'time="2026" level=fatal msg="Error: \\"x\\" not found"'

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -91,14 +93,33 @@ def target(
 def execute(tried: Target, data: bytes) -> None:
     """Run a target on one input; raises for a finding."""
     before = _open_descriptors()
-    try:
-        tried.function(data)
-    except tried.errors as error:
-        _check_error(error)
+    with _strays() as strays:
+        try:
+            tried.function(data)
+        except tried.errors as error:
+            _check_error(error)
+    if strays:
+        raise AssertionError("an exception that nobody handles, in a thread or a destructor") from strays[0]
     after = _open_descriptors()
     assert tried.keeps_descriptors or before == after, (
         f"descriptors left open or closed: {before} before, {after} after"
     )
+
+
+@contextlib.contextmanager
+def _strays() -> Iterator[list[BaseException]]:
+    """Exceptions that end a thread, or that Python can raise nowhere."""
+    found: list[BaseException] = []
+
+    def take(happened: Any) -> None:
+        found.append(happened.exc_value)
+
+    kept = threading.excepthook, sys.unraisablehook
+    threading.excepthook = sys.unraisablehook = take
+    try:
+        yield found
+    finally:
+        threading.excepthook, sys.unraisablehook = kept
 
 
 def _check_error(error: HostimageError) -> None:

@@ -293,6 +293,7 @@ class _Parser:
         if leaf is None:
             raise _Bad("the target of the hard link does not come before")
         if path == b"/":
+            # composefs-rs gives the root no metadata then, which nobody can want.
             raise _Bad("/ is not a directory")
         self._insert(path, leaf)
         self._leaves[path] = leaf

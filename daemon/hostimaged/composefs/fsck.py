@@ -42,6 +42,8 @@ _REFS: Final = "refs"
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY
 #: O_NONBLOCK: a fifo in the place of an image must not hang us.
 _FILE_FLAGS: Final = os.O_RDONLY | os.O_NONBLOCK
+#: Objects remembered to be there, which takes some 15 MB.
+_MAX_PRESENT: Final = 100_000
 #: What composefs-rs calls the types of files.
 _FILE_TYPES: Final = {
     stat.S_IFREG: "RegularFile",
@@ -75,6 +77,8 @@ class _Check:
         self._root = repository.fileno()
         self._give_up = give_up
         self._report = Report()
+        # Images need what their layers refer to, so most objects are asked for twice.
+        self._present: set[ObjectId] = set()
 
     def run(self, *, metadata_only: bool) -> Report:
         self._metadata()
@@ -246,6 +250,8 @@ class _Check:
             self._check_present(id_, path, Kind.IMAGE_MISSING_OBJECT)
 
     def _check_present(self, id_: ObjectId, path: str, kind: Kind, prefix: str = "") -> None:
+        if id_ in self._present:
+            return
         try:
             os.close(os.open(f"{OBJECTS}/{id_.pathname}", _FILE_FLAGS | os.O_CLOEXEC, dir_fd=self._root))
         except FileNotFoundError:
@@ -253,6 +259,9 @@ class _Check:
             self._report.errors.add(kind, shown(path), f"{prefix}{id_.hex()}")
         except OSError as error:
             self._report.errors.add(Kind.OBJECT_CHECK_FAILED, shown(path), f"{id_.hex()}: {error.strerror}")
+        else:
+            if len(self._present) < _MAX_PRESENT:
+                self._present.add(id_)
 
 
 class _Corrupted(Exception):

@@ -38,13 +38,17 @@ FAULT_POINTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an image consists of, all of it verified; ``layers`` are stream ids by name, in order."""
+    """What an image consists of, all of it verified.
+
+    ``layers`` are names and stream ids in the order of the image: one that is in it twice is there twice, as
+    the second may bring back what another in between has changed.
+    """
 
     manifest_digest: ManifestDigest
     raw_manifest: bytes
     config_digest: ConfigDigest
     raw_config: bytes
-    layers: dict[str, ObjectId]
+    layers: tuple[tuple[str, ObjectId], ...]
     artifact: bool
 
 
@@ -112,7 +116,7 @@ class Commit:
         self._reporter.generating(done, len(wanted))
         if not missing:
             return
-        tree = build_tree(repository, list(self._contents.layers.values()), kept=self._kept)
+        tree = build_tree(repository, [id_ for _, id_ in self._contents.layers], kept=self._kept)
         for kind in missing:
             self._reporter.at("image.built")
             self.image_ids[kind] = repository.write_image(build(tree, kind, repository.algorithm))
@@ -122,7 +126,7 @@ class Commit:
             self._reporter.at("image.stored")
 
     def _same_layers(self, stored: StoredJson) -> bool:
-        return all(stored.refs.get(name) == id_ for name, id_ in self._contents.layers.items())
+        return all(stored.refs.get(name) == id_ for name, id_ in self._contents.layers)
 
     def _write_config(self, stored: StoredJson | None) -> ObjectId:
         contents = self._contents
@@ -140,7 +144,7 @@ class Commit:
 
     def _write_manifest(self, config_id: ObjectId) -> None:
         contents = self._contents
-        refs = {images.config_ref(contents.config_digest): config_id} | contents.layers
+        refs = {images.config_ref(contents.config_digest): config_id} | dict(contents.layers)
         try:
             stored = images.read_manifest(self._repository, contents.manifest_digest)
         except (ImageNotFound, CorruptRepository, VerityMismatch):

@@ -192,15 +192,17 @@ class _Chunks:
     def _fill(self, count: int) -> int:
         """Join chunks until ``count`` bytes are in the buffer, from its start; how many to take."""
         rest = self._buffer[self._at :]
-        while len(rest) < count:
+        parts, have = [rest] if rest else [], len(rest)
+        while have < count:
             chunk = next(self._chunks, None)
-            if isinstance(chunk, ObjectId) or (chunk is None and rest):
+            if isinstance(chunk, ObjectId) or (chunk is None and have):
                 raise CorruptRepository("the stream of a layer has a header that is not whole")
             if chunk is None:
                 break
-            rest = rest + chunk if rest else chunk
-        self._buffer = rest
-        return min(count, len(rest))
+            parts.append(chunk)
+            have += len(chunk)
+        self._buffer = parts[0] if len(parts) == 1 else b"".join(parts)
+        return min(count, have)
 
     def exactly(self, count: int) -> Buffer:
         """The next ``count`` bytes, which must be there and inline."""

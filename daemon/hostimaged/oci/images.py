@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Final
 from hostimaged.composefs.erofs.format import Format
 from hostimaged.composefs.repository import ObjectMissing, StreamMissing
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.errors import CorruptRepository, HostimageError, ImageNotFound, InvalidArgs, printable
+from hostimaged.errors import (
+    CorruptRepository,
+    HostimageError,
+    ImageNotFound,
+    InvalidArgs,
+    NotSupported,
+    printable,
+)
 from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId, OciDigest
 from hostimaged.oci.models import (
     MAX_CONFIG,
@@ -160,6 +167,17 @@ def _read(
     if hashlib.sha256(raw).hexdigest() != digest.hex:
         raise CorruptRepository(f"stream {name} holds something else than its name says")
     return StoredJson(raw, stream_id, refs)
+
+
+def check_formats(repository: Repository) -> None:
+    """Raises ``NotSupported`` unless the formats of the repository have a place for container images.
+
+    A V0 image has no name in a configuration; readers take the V1 image for a default of V0, so there must be
+    one.
+    """
+    formats = repository.formats
+    if formats.default not in IMAGE_REFS and Format.V1 not in formats.extra:
+        raise NotSupported(f"the repository is of format {formats}, which has no place for container images")
 
 
 def image_ids(refs: Mapping[str, ObjectId]) -> dict[Format, ObjectId]:

@@ -108,6 +108,7 @@ class _Reader:
         self._diff_id = diff_id
         self._reporter = reporter
         self._hash: _Hash = hashlib.sha256()
+        self._failure: BaseException | None = None
 
     def run(self, store: LayerStore, gathered: LayerEntries | None) -> int:
         """Read to the end; the number of entries."""
@@ -118,6 +119,8 @@ class _Reader:
             try:
                 entries = splitter.run(gathered.add if gathered is not None else None)
             except UnsupportedImage:
+                if self._failure is not None:
+                    raise self._failure from None
                 # Is it what was asked for? If not, that is the true error.
                 while self._next() is not None:
                     pass
@@ -128,7 +131,12 @@ class _Reader:
 
     def _next(self) -> Buffer | None:
         self._reporter.at("layer.read")
-        piece = next(self._pieces, None)
+        try:
+            piece = next(self._pieces, None)
+        except BaseException as error:
+            # Kept as it is: whoever asked for the piece takes it for a complaint about the content.
+            self._failure = error
+            raise
         if piece is not None:
             self._hash.update(piece)
         return piece

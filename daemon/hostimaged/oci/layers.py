@@ -12,7 +12,7 @@ from hostimaged.composefs.repository import StorePool
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
-from hostimaged.oci.decompress import TAR_LAYERS, Compression, decompressed
+from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
 from hostimaged.oci.layer_import import import_layer, stream_name
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _fetch(
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
-            pieces = decompressed(plan.media_type, counted)
+            pieces = decompressed(plan.media_type, counted, limit=DEFAULT_LIMIT)
             return import_layer(repository, pieces, plan.id, reporter, store, kept).stream_id
         return _store_blob(repository, counted, plan)
 

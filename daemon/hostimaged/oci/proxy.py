@@ -146,7 +146,7 @@ class ImageProxy:
     def close(self) -> bool:
         """Ask the proxy to end, and hang up; says whether it did so itself. The process is the caller's."""
         with contextlib.suppress(ProxyGone):
-            self.send("Shutdown")
+            self.send("Shutdown").add_done_callback(_discard)
         self._receiver.join(_SLICE)
         ended = not self._receiver.is_alive()
         with self._lock:
@@ -185,7 +185,9 @@ class ImageProxy:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError
             message = json.loads(data)
-            reply.value, reply.pipe_id = message.get("value"), int(message.get("pipeid") or 0)
+            reply.value, reply.pipe_id = message.get("value"), message.get("pipeid") or 0
+            if not isinstance(reply.pipe_id, int):
+                raise TypeError
             with self._lock:
                 future = self._pending.popleft() if self._pending else None
             if future is None:
@@ -263,6 +265,8 @@ class Pipe:
             # it answers concerns nobody.
             with contextlib.suppress(ProxyGone):
                 self._finish()
+            if self._finishing is not None:
+                self._finishing.add_done_callback(_discard)
 
     def _finish(self) -> None:
         if self._finishing is None:

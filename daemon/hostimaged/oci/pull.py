@@ -20,7 +20,6 @@ from hostimaged.errors import (
     CorruptRepository,
     ImageNotFound,
     NoSpace,
-    NotSupported,
     PreconditionFailed,
     VerityMismatch,
     from_os_error,
@@ -29,7 +28,6 @@ from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
 from hostimaged.oci.commit import Commit, Contents
 from hostimaged.oci.entries import KeptEntries
-from hostimaged.oci.images import IMAGE_REFS
 from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
@@ -209,7 +207,7 @@ class _Pull:
             image.raw,
             image.manifest.config_digest,
             image.raw_config,
-            {str(plan.id): found[plan.id] for plan in image.plans},
+            tuple((str(plan.id), found[plan.id]) for plan in image.plans),
             artifact=image.config is None,
         )
         commitment = Commit(self._repository, contents, self._reporter, self._kept)
@@ -225,8 +223,8 @@ class _Pull:
                 f"the manifest of {self._reference} is {source_digest}, not the expected {expect_digest}"
             )
         manifest = parse_manifest(raw)
-        if manifest.is_container and self._repository.formats.default not in IMAGE_REFS:
-            raise NotSupported("the repository is of format v0, which has no place for container images")
+        if manifest.is_container:
+            images.check_formats(self._repository)
         raw_config = self._stored_config(manifest.config_digest)
         config_stored = raw_config is not None
         if raw_config is None:

@@ -19,6 +19,7 @@ MAX_LENGTH: Final = 4096
 #: containers-image's limit for a repository name, host included.
 MAX_REPOSITORY: Final = 255
 
+_SHOWN: Final = 200
 _DEFAULT_DOMAIN: Final = "docker.io"
 _OFFICIAL: Final = "library"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -89,9 +90,10 @@ class ImageReference:
 
         A name without a transport is refused: what ``fedora`` means would depend on a host's search list.
         """
-        shown = text[:MAX_LENGTH]
+        # Short enough that the message has room for the reason.
+        shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
         if len(text) > MAX_LENGTH:
-            raise InvalidReference(f"longer than {MAX_LENGTH} characters", reference=shown[:80] + "…")
+            raise InvalidReference(f"longer than {MAX_LENGTH} characters", reference=shown)
         if _CONTROL.search(text):
             raise InvalidReference("control characters are not allowed", reference=shown)
         prefix, colon, rest = text.partition(":")

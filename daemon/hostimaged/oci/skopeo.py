@@ -262,6 +262,9 @@ def copy_to_directory(
     reporter.message("copying the image first, so that skopeo checks its signatures")
     try:
         target.mkdir(mode=0o700)
+    except OSError as error:
+        raise from_os_error(error, "making a directory for the copy of the image") from None
+    try:
         with _private_log(work_dir) as log:
             process = spawn(argv, environment=_environment(reference, work_dir), stderr=log)
             try:

@@ -2,8 +2,9 @@
 
 Accepts what composefs-rs 0.9 (tar-core 0.1) accepts, in the same meaning, so that both see the same files in
 the same bytes; old (v7), ustar, GNU and pax headers. Where readers of tar are known to disagree about what
-follows, the entry is refused instead: a lone block of zeros, content after anything but a regular file,
-sizes of more than 64 bits. Sparse files are refused, as composefs-rs does. No I/O, no content.
+follows, the entry is refused instead: a lone block of zeros, an extension header before the end, content
+after anything but a regular file, sizes of more than 64 bits. Sparse files are refused, as composefs-rs does.
+No I/O, no content.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class HeaderReader:
 
     def __init__(self, take: Callable[[int], Buffer]) -> None:
         self._take = take
-        # Whether the last entry had no content.
+        # Whether nothing followed the header of the last entry so far.
         self._empty = False
         #: Entries read so far.
         self.count = 0
@@ -120,6 +121,7 @@ class HeaderReader:
             if kind == _PAX_GLOBAL:
                 # Without effect, and a pax header before it is forgotten: so do composefs-rs and Go.
                 self._content(size, 0)
+                self._empty = False
                 extensions, length = {}, 0
                 continue
             if kind in extensions:

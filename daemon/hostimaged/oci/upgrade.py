@@ -14,14 +14,12 @@ from hostimaged.errors import (
     CorruptRepository,
     ImageNotFound,
     LimitsExceeded,
-    NotSupported,
     StorageError,
     UnsupportedImage,
     VerityMismatch,
 )
 from hostimaged.oci import images
 from hostimaged.oci.commit import Commit, Contents
-from hostimaged.oci.images import IMAGE_REFS
 
 if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
@@ -60,8 +58,7 @@ def upgrade_images(repository: Repository, reporter: Reporter) -> Upgraded:
     again completes the rest. Raises ``NotSupported`` for a repository of format V0, ``NoSpace`` and
     ``ReadOnly``.
     """
-    if repository.formats.default not in IMAGE_REFS:
-        raise NotSupported("the repository is of format v0, which has no place for container images")
+    images.check_formats(repository)
     repository.check_writable()
     result = Upgraded()
     for digest in sorted(set(images.tags(repository).values())):
@@ -88,7 +85,7 @@ def _upgrade(repository: Repository, digest: ManifestDigest, reporter: Reporter,
         images.read_manifest(repository, digest).raw,
         image.config_digest,
         images.read_config(repository, image.config_digest, config_id).raw,
-        layers,
+        tuple((str(diff_id), layers[str(diff_id)]) for diff_id in image.config.diff_ids),
         artifact=False,
     )
     commit = Commit(repository, contents, reporter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,14 @@ def test_entries_of_an_import_are_kept_within_a_limit(tmp_path: Path) -> None:
             assert list(taken) == expected
             assert kept.take(id_) is None
         assert kept.take(ids[2]) is None
+
+
+def test_a_header_in_a_million_chunks_takes_no_longer_than_they_do() -> None:
+    path = b"p" * 200
+    comment = tars.pax((b"comment", b"x" * 1_000_000), (b"path", path))
+    data = comment + tars.file(b"cut", b"") + tars.END
+    start = time.monotonic()
+    (entry,) = read_entries(data[at : at + 1] for at in range(len(data)))
+    assert entry.path == (path,)
+    # Joining them one by one takes minutes.
+    assert time.monotonic() - start < 10

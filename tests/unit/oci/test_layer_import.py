@@ -271,6 +271,16 @@ def test_an_error_of_the_source_goes_before_one_of_its_data(repository: Reposito
         import_layer(repository, pieces(), diff_id(b""), Silent())
 
 
+@pytest.mark.parametrize("begin", [b"", tars.file(b"f", b"x" * 600)[:700]])
+def test_damage_of_the_source_is_not_taken_for_another_digest(repository: Repository, begin: bytes) -> None:
+    def pieces() -> Iterable[bytes]:
+        yield begin
+        raise UnsupportedImage("the gzip data ends early")
+
+    with pytest.raises(UnsupportedImage, match=r": the gzip data ends early$"):
+        import_layer(repository, pieces(), diff_id(b""), Silent())
+
+
 @pytest.mark.parametrize("method", ["store_object", "object_writer", "write_stream"])
 def test_an_error_of_the_repository_stops_the_source(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, method: str

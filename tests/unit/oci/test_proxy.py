@@ -270,7 +270,16 @@ def test_late_reply_leaks_nothing() -> None:
 
 @pytest.mark.parametrize(
     "packet",
-    [b"{", b"[]", b"null", b'{"success": true, "pipeid": "x"}', b"\xff", b"[" * 60_000, b"x" * 70_000],
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b'{"success": true, "pipeid": "x"}',
+        b'{"success": true, "pipeid": 1e999}',
+        b"\xff",
+        b"[" * 60_000,
+        b"x" * 70_000,
+    ],
 )
 def test_nonsense_from_the_peer(packet: bytes) -> None:
     with proxy_to(lambda peer, _request: peer.connection.send(packet) and None) as (proxy, _):
@@ -308,3 +317,17 @@ def test_pipe_without_a_descriptor() -> None:
 def test_closing_twice_is_over_at_once() -> None:
     with proxy_to(lambda peer, _request: peer.reply("x") and None) as (proxy, _):
         assert proxy.call("Initialize").value == "x"
+
+
+def test_descriptors_in_a_reply_that_nobody_reads_are_closed() -> None:
+    """As of every test: none is left behind."""
+
+    def handle(peer: Peer, request: dict[str, Any]) -> None:
+        # A pipe comes with the answer to FinishPipe as well.
+        peer.reply("value", pipe=True)
+
+    with proxy_to(handle) as (proxy, peer):
+        with proxy.open_pipe("GetManifest", size=None):
+            pass
+        proxy.call("Initialize").close()
+    assert [r["method"] for r in peer.requests] == ["GetManifest", "FinishPipe", "Initialize", "Shutdown"]

@@ -91,3 +91,11 @@ def test_parts() -> None:
 def test_kinds_of_reference_differ() -> None:
     assert ImageReference.parse("oci:/x") != ImageReference.parse("dir:/x")
     assert parse_named("x") == parse_named("docker.io/library/x:latest")
+
+
+@pytest.mark.parametrize("length", [500, 4000, 5000])
+def test_the_message_for_a_long_reference_has_the_reason(length: int) -> None:
+    with pytest.raises(InvalidReference) as caught:
+        ImageReference.parse("docker://" + "\x1b" * length)
+    assert len(caught.value.message) < 1000
+    assert caught.value.message.endswith((" are not allowed", " characters"))

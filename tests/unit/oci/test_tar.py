@@ -427,6 +427,7 @@ def test_ends() -> None:
 def test_without_an_end_marker_the_last_entry_needs_content() -> None:
     """As composefs-rs, which cannot read an archive back that ends with an entry of no size."""
     assert headers(tars.file(b"a", b"") + tars.file(b"b", b"x"))[-1].path == b"b"
+    assert headers(tars.file(b"a", b"") + tars.pax(kind=b"g"))[-1].path == b"a"
     for last in (tars.file(b"b", b""), tars.directory(b"d")):
         with pytest.raises(UnsupportedImage, match="without an end marker"):
             headers(tars.file(b"a", b"x") + last)

@@ -1,7 +1,7 @@
 """A process that stores objects for another one: the far end of ``store_pool``.
 
 Contents lie in memory that both have mapped; requests and answers are packets of a socket, in order. What
-they look like is defined here. The process ends when the socket does, and after any error.
+they look like is defined here. The process ends when the socket does.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def decode_answer(answer: bytes, algorithm: Algorithm) -> list[Stored]:
 
 
 def encode_error(error: HostimageError) -> bytes:
-    """Tell what went wrong; the last answer."""
+    """Tell what went wrong."""
     return _FAILED + f"{type(error).__name__}\n{error.message}".encode()
 
 
@@ -85,9 +85,20 @@ class _Helper:
         self._store = store
         self._memory = memory
         self._large: dict[int, ObjectWriter] = {}
+        # What went wrong is the answer from then on. A socket that is closed with requests in it would make
+        # the other end lose answers.
+        self._error = b""
 
     def answer(self, request: bytes) -> bytes:
-        """Do what ``request`` says; raises ``HostimageError``."""
+        """Do what ``request`` says."""
+        if not self._error:
+            try:
+                return self._do(request)
+            except HostimageError as error:
+                self._error = encode_error(error)
+        return self._error
+
+    def _do(self, request: bytes) -> bytes:
         number, last, at = _REQUEST.unpack_from(request)
         sizes = struct.unpack_from(f"<{(len(request) - _REQUEST.size) // 4}I", request, _REQUEST.size)
         if number:
@@ -132,7 +143,5 @@ def main(argv: Sequence[str]) -> None:
         try:
             while request := channel.recv(_REQUEST.size + 4 * MAX_CONTENTS):
                 channel.send(helper.answer(request))
-        except HostimageError as error:
-            channel.send(encode_error(error))
         except (BrokenPipeError, ConnectionResetError):
             pass  # nobody wants the answer
