@@ -10,11 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.composefs.erofs import build
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import CorruptRepository, ImageNotFound, VerityMismatch
 from hostimaged.oci import images
-from hostimaged.oci.filesystem import build_tree
 from hostimaged.oci.images import BOOT_REF, IMAGE_REFS, StoredJson
 from hostimaged.oci.models import parse_manifest
 
@@ -116,6 +114,9 @@ class Commit:
         self._reporter.generating(done, len(wanted))
         if not missing:
             return
+        from hostimaged.composefs.erofs import build
+        from hostimaged.oci.filesystem import build_tree
+
         tree = build_tree(repository, [id_ for _, id_ in self._contents.layers], kept=self._kept)
         for kind in missing:
             self._reporter.at("image.built")

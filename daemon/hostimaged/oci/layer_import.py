@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import DigestMismatch, UnsupportedImage
 from hostimaged.ids import DiffId
+from hostimaged.oci.images import layer_stream
 from hostimaged.oci.layer_parts import LayerSplitter
 from hostimaged.oci.layer_store import LayerStore
 
@@ -44,11 +45,6 @@ class ImportedLayer:
     objects_present: int
     bytes_new: int
     bytes_present: int
-
-
-def stream_name(diff_id: DiffId) -> str:
-    """The name of a layer's stream in a repository."""
-    return f"oci-layer-{diff_id}"
 
 
 def import_layer(
@@ -83,7 +79,7 @@ def import_layer(
         store.finish()
         reporter.at("layer.verified")
         size = writer.size
-        stream_id = repository.write_stream(stream_name(diff_id), writer)
+        stream_id = repository.write_stream(layer_stream(diff_id), writer)
     if kept is not None and gathered is not None:
         kept.keep(stream_id, gathered)
     return ImportedLayer(

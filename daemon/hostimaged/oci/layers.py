@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.composefs.repository import StorePool
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
 from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
-from hostimaged.oci.layer_import import import_layer, stream_name
+from hostimaged.oci.images import layer_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hostimaged.composefs.repository import Repository
+    from hostimaged.composefs.repository import Repository, StorePool
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
@@ -60,7 +58,7 @@ class LayerPlan:
     @property
     def stream(self) -> str:
         """Its stream name."""
-        return stream_name(self.id)
+        return layer_stream(self.id)
 
 
 def plan_layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerPlan, ...]:
@@ -127,6 +125,10 @@ def fetch_layers(
     """
     if not plans:
         return {}
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from hostimaged.composefs.repository import StorePool
+
     ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
     processors = len(os.sched_getaffinity(0))
     helpers = min(processors - 1, _MAX_HELPERS)
@@ -163,6 +165,8 @@ def _fetch(
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
+            from hostimaged.oci.layer_import import import_layer
+
             pieces = decompressed(plan.media_type, counted, limit=DEFAULT_LIMIT)
             return import_layer(repository, pieces, plan.id, reporter, store, kept).stream_id
         return _store_blob(repository, counted, plan)

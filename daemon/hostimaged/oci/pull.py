@@ -27,7 +27,6 @@ from hostimaged.errors import (
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
 from hostimaged.oci.commit import Commit, Contents
-from hostimaged.oci.entries import KeptEntries
 from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Verity
     from hostimaged.ids import ConfigDigest, DiffId, ObjectId, SourceDigest
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.layers import LayerPlan
     from hostimaged.oci.models import ImageConfig, Manifest
     from hostimaged.oci.reference import ImageReference
@@ -186,7 +186,7 @@ class _Pull:
         self._reference = reference
         self._reporter = reporter
         # A layer that was just imported need not be read back.
-        self._kept = KeptEntries()
+        self._kept: KeptEntries | None = None
 
     def fetch(
         self, source: ImageSource, expect_digest: str | None
@@ -195,6 +195,10 @@ class _Pull:
         image = self._resolve(source, expect_digest)
         self._reporter.at("pull.resolved")
         self._begin(image)
+        if image.missing and image.config is not None:
+            from hostimaged.oci.entries import KeptEntries
+
+            self._kept = KeptEntries()
         fetched = fetch_layers(self._repository, source, image.missing, self._reporter, self._kept)
         return image, image.stored | fetched
 

@@ -20,7 +20,8 @@ from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, DigestMismatch, NetworkError, NoSpace, UnsupportedImage
 from hostimaged.ids import DiffId
 from hostimaged.oci import layer_parts, layer_store
-from hostimaged.oci.layer_import import ImportedLayer, import_layer, stream_name
+from hostimaged.oci.images import layer_stream
+from hostimaged.oci.layer_import import ImportedLayer, import_layer
 from hostimaged.progress import Silent
 
 NOISE = random.Random(1).randbytes(3_000_000)
@@ -71,7 +72,7 @@ def test_the_tar_comes_back_bit_for_bit(repository: Repository, step: int) -> No
     data = archive()
     layer = imported(repository, data, step)
     assert cat(repository, layer) == data
-    assert repository.has_stream(stream_name(layer.diff_id)) == layer.stream_id
+    assert repository.has_stream(layer_stream(layer.diff_id)) == layer.stream_id
     assert (layer.size, layer.entries) == (len(data), len(CONTENT) + 2)
     large = [size for size in CONTENT if size > 64]
     assert (layer.objects_new, layer.bytes_new) == (len(large), sum(large))
@@ -109,7 +110,7 @@ def test_what_waits_for_a_helper_is_bounded(repository: Repository, monkeypatch:
 
 def test_contents_become_objects_in_order(repository: Repository) -> None:
     layer = imported(repository, archive())
-    with repository.open_stream(stream_name(layer.diff_id)) as stream:
+    with repository.open_stream(layer_stream(layer.diff_id)) as stream:
         expected = [digest(repository.algorithm, NOISE[-size:]) for size in CONTENT if size > 64]
         assert list(stream.object_refs) == expected
 

@@ -160,7 +160,7 @@ def test_stream_of_another_kind_is_no_layer(repository: Repository) -> None:
 
 def test_first_error_stops_the_rest(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread in the middle of its layer ends at its next named point."""
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     datas = [layer(bytes([letter]), 4000 - letter) for letter in b"abcd"]
     source = Source(*datas)
     plans = [plan(data) for data in datas]

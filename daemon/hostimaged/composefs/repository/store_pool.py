@@ -15,7 +15,6 @@ import itertools
 import mmap
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from hostimaged.composefs.repository.store_helper import (
 from hostimaged.errors import HostimageError, StorageError, from_os_error
 
 if TYPE_CHECKING:
+    import subprocess
     from types import TracebackType
     from typing import Self
 
@@ -270,6 +270,8 @@ class _Helper:
     def close(self) -> None:
         """End the process; what it was sent may be stored or not."""
         self._socket.close()
+        import subprocess
+
         try:
             self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
@@ -280,6 +282,8 @@ class _Helper:
 
 
 def _start(repository: Repository, shared: int, sock: int) -> subprocess.Popen[bytes]:
+    import subprocess
+
     descriptors = (repository.fileno(), shared, sock)
     # -S: all that it would find is on the path already.
     argv = [sys.executable, "-S", "-P", "-c", _PROGRAM, *map(str, descriptors)]
