@@ -111,6 +111,20 @@ def test_nothing_is_left_behind(repository: Repository) -> None:
     assert (sorted(os.listdir("/proc/self/fd")), children()) == before
 
 
+def test_helpers_that_cannot_be_started_are_done_without(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> object:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with StorePool(repository, 2) as pool:
+        assert pool.slot() is None
+        assert pool.writer() is None
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_helpers_get_no_other_descriptors(repository: Repository) -> None:
     before = set(children())
     with StorePool(repository, 2):

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.composefs.repository.store_helper import (
@@ -28,7 +29,7 @@ from hostimaged.composefs.repository.store_helper import (
     encode_contents,
     encode_piece,
 )
-from hostimaged.errors import HostimageError, StorageError, from_os_error
+from hostimaged.errors import HostimageError, StorageError
 
 if TYPE_CHECKING:
     import subprocess
@@ -181,15 +182,17 @@ class _Helper:
             self._map = mmap.mmap(shared, _SLOTS * SLOT)
             self.memory = memoryview(self._map)
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
+            with theirs, ExitStack() as stack:
+                stack.callback(self._socket.close)
                 self._process = _start(repository, shared, theirs.fileno())
+                stack.pop_all()
         finally:
             os.close(shared)
 
     @property
     def load(self) -> int:
-        """Slots being worked on."""
-        return len(self._sent)
+        """Slots in use."""
+        return _SLOTS - len(self._free)
 
     def try_slot(self) -> Slot | None:
         """A free slot, if there is one now; the last is left to pieces, which are sent at once."""
@@ -282,6 +285,7 @@ class _Helper:
 
 
 def _start(repository: Repository, shared: int, sock: int) -> subprocess.Popen[bytes]:
+    """Start the program; raises ``OSError``."""
     import subprocess
 
     descriptors = (repository.fileno(), shared, sock)
@@ -289,35 +293,29 @@ def _start(repository: Repository, shared: int, sock: int) -> subprocess.Popen[b
     argv = [sys.executable, "-S", "-P", "-c", _PROGRAM, *map(str, descriptors)]
     argv += [repository.algorithm.label, "secure" if repository.secure else "insecure"]
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    try:
-        return subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-    except OSError as error:
-        raise from_os_error(error, "cannot start a helper process") from error
+    return subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=descriptors,
+        env=os.environ | {"PYTHONPATH": path},
+    )
 
 
 class StorePool:
     """``processes`` helpers that store objects in ``repository``. A context manager; any thread may use it.
 
-    Started in the thread that ends it: the kernel kills helpers whose thread has gone. Raises
-    ``StorageError`` where they cannot be started.
+    Started in the thread that ends it: the kernel kills helpers whose thread has gone. Those that cannot be
+    started, for want of memory or processes, are done without. Raises ``ReadOnly``.
     """
 
     def __init__(self, repository: Repository, processes: int) -> None:
         repository.check_writable()
         self._helpers: list[_Helper] = []
         self._numbers = itertools.count(1)
-        try:
+        with suppress(OSError):
             for _ in range(processes):
                 self._helpers.append(_Helper(repository))
-        except BaseException:
-            self.close()
-            raise
 
     def slot(self) -> Slot | None:
         """A free slot of the helper with the least to do; None if all have enough."""
