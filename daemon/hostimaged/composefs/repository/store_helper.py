@@ -34,8 +34,12 @@ if TYPE_CHECKING:
     from hostimaged.composefs.repository.objects import ObjectWriter
 
 #: A request: 0 or the number of a large content; whether this is its last piece; where in the memory the
-#: bytes begin. Sizes follow: of contents that lie one after the other, or of the piece.
+#: bytes begin. Sizes follow: of contents that lie one after the other, or of the piece, and then the digests
+#: of its blocks if they are known.
 _REQUEST: Final = struct.Struct("<IBI")
+_SIZE: Final = struct.Struct("<I")
+#: Bytes of the longest request: that of a piece of 1 MiB with digests of 64 bytes.
+MAX_REQUEST: Final = 32 << 10
 #: Contents in one request. Their answer, a byte and a digest each, stays far below a socket's buffer.
 MAX_CONTENTS: Final = 256
 #: First byte of an answer: for each object a byte, whether it is new, and its digest; or class and message of
@@ -57,9 +61,12 @@ def encode_contents(start: int, sizes: Sequence[int]) -> bytes:
     return _REQUEST.pack(0, 0, start) + struct.pack(f"<{len(sizes)}I", *sizes)
 
 
-def encode_piece(number: int, start: int, size: int, *, last: bool) -> bytes:
-    """Ask to append a piece to the large content ``number``, which begins with its first piece."""
-    return _REQUEST.pack(number, last, start) + struct.pack("<I", size)
+def encode_piece(number: int, start: int, size: int, digests: bytes, *, last: bool) -> bytes:
+    """Ask to append a piece to the large content ``number``, which begins with its first piece.
+
+    ``digests`` are those of its blocks, or nothing.
+    """
+    return _REQUEST.pack(number, last, start) + _SIZE.pack(size) + digests
 
 
 def decode_answer(answer: bytes, algorithm: Algorithm) -> list[Stored]:
@@ -101,21 +108,23 @@ class _Helper:
 
     def _do(self, request: bytes) -> bytes:
         number, last, at = _REQUEST.unpack_from(request)
-        sizes = struct.unpack_from(f"<{(len(request) - _REQUEST.size) // 4}I", request, _REQUEST.size)
         if number:
-            stored = self._append(number, self._memory[at : at + sizes[0]], last=last)
+            (size,) = _SIZE.unpack_from(request, _REQUEST.size)
+            digests = request[_REQUEST.size + _SIZE.size :]
+            stored = self._append(number, self._memory[at : at + size], digests, last=last)
             return _DONE + (_encoded(stored) if stored else b"")
+        sizes = struct.unpack_from(f"<{(len(request) - _REQUEST.size) // 4}I", request, _REQUEST.size)
         parts = [_DONE]
         for size in sizes:
             parts.append(_encoded(self._store.store(self._memory[at : at + size])))
             at += size
         return b"".join(parts)
 
-    def _append(self, number: int, piece: memoryview, *, last: bool) -> Stored | None:
+    def _append(self, number: int, piece: memoryview, digests: bytes, *, last: bool) -> Stored | None:
         writer = self._large.get(number)
         if writer is None:
             writer = self._large[number] = self._store.writer()
-        writer.write(piece)
+        writer.write(piece, digests)
         if not last:
             return None
         with writer:
@@ -143,7 +152,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     memory = memoryview(mmap.mmap(int(shared), size))
     helper = _Helper(ObjectStore(int(root), algorithm, policy), memory)
     with suppress(BrokenPipeError, ConnectionResetError):  # nobody wants the answer
-        while request := channel.recv(_REQUEST.size + 4 * MAX_CONTENTS):
+        while request := channel.recv(MAX_REQUEST):
             channel.send(helper.answer(request))
     # Nothing is left to do, and the other end waits: taking the interpreter down takes 20 ms.
     os._exit(0)

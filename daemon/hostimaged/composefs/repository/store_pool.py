@@ -22,6 +22,7 @@ from collections import deque
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs import fsverity
 from hostimaged.composefs.repository.store_helper import (
     MAX_ANSWER,
     MAX_CONTENTS,
@@ -83,6 +84,11 @@ class Slot:
         """Where it begins in the memory, and bytes in it."""
         return self._start, self._used
 
+    @property
+    def content(self) -> memoryview:
+        """What is in it."""
+        return self.helper.memory[self._start : self._start + self._used]
+
     def append(self, content: Buffer) -> int:
         """Add a content for which there is room; its index in ``stored``."""
         at = self._start + self._used
@@ -121,11 +127,11 @@ class PoolWriter:
 
     __slots__ = ("_helper", "_number", "_slot")
 
-    def __init__(self, helper: _Helper, slot: Slot, number: int) -> None:
+    def __init__(self, helper: _Helper, number: int) -> None:
         self._helper = helper
         self._number = number
-        # Filled, but not sent: the last piece is to say that it is the last.
-        self._slot: Slot | None = slot
+        # Being filled.
+        self._slot: Slot | None = None
 
     def write(self, buffer: Buffer) -> None:
         """Append ``buffer``."""
@@ -138,7 +144,15 @@ class PoolWriter:
             slot.append(piece)
             view = view[len(piece) :]
             if not slot.room:
-                self._send(slot, last=False)
+                self._send_full(slot)
+
+    def _send_full(self, slot: Slot) -> None:
+        """Send a whole slot; where the helper has enough to do, hash it here instead of waiting for it."""
+        digests = b""
+        self._helper.poll()
+        if self._helper.is_full:
+            digests = fsverity.block_digests(self._helper.algorithm, slot.content)
+        self._send(slot, digests)
 
     def commit(self) -> Slot:
         """Make what was written an object, the only one in ``Slot.stored``. Ends the writing."""
@@ -146,10 +160,10 @@ class PoolWriter:
         self._send(slot, last=True)
         return slot
 
-    def _send(self, slot: Slot, *, last: bool) -> None:
+    def _send(self, slot: Slot, digests: bytes = b"", *, last: bool = False) -> None:
         self._slot = None
         start, size = slot.range
-        self._helper.send(slot, encode_piece(self._number, start, size, last=last))
+        self._helper.send(slot, encode_piece(self._number, start, size, digests, last=last))
 
     def close(self) -> None:
         """Drop what was not sent. Twice is harmless."""
@@ -170,7 +184,7 @@ class _Helper:
     """One process, and the memory shared with it. Any thread may use it."""
 
     def __init__(self, repository: Repository) -> None:
-        self._algorithm: Algorithm = repository.algorithm
+        self.algorithm: Algorithm = repository.algorithm
         self._lock = threading.Lock()
         self._sent: deque[Slot] = deque()
         self._free = deque(at * SLOT for at in range(_SLOTS))
@@ -193,6 +207,11 @@ class _Helper:
     def load(self) -> int:
         """Slots in use."""
         return _SLOTS - len(self._free)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no free slot."""
+        return not self._free
 
     def try_slot(self) -> Slot | None:
         """A free slot, if there is one now; the last is left to pieces, which are sent at once."""
@@ -264,7 +283,7 @@ class _Helper:
         try:
             if not answer:
                 raise self._error or StorageError(_ENDED)
-            slot.stored = decode_answer(answer, self._algorithm)
+            slot.stored = decode_answer(answer, self.algorithm)
         except HostimageError as error:
             slot.error = self._error = error
         self._free.append(slot.range[0])
@@ -327,9 +346,12 @@ class StorePool:
         return None
 
     def writer(self) -> PoolWriter | None:
-        """A writer for content that comes in pieces, at the helper with the least to do; None as ``slot``."""
-        slot = self.slot()
-        return PoolWriter(slot.helper, slot, next(self._numbers)) if slot is not None else None
+        """A writer for content that comes in pieces; None without helpers."""
+        if not self._helpers:
+            return None
+        for helper in self._helpers:
+            helper.poll()
+        return PoolWriter(min(self._helpers, key=lambda helper: helper.load), next(self._numbers))
 
     def close(self) -> None:
         """End the helpers. Twice is harmless."""
