@@ -4,12 +4,15 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Every kind of message in both directions; the rest of tests/bus is about what is done with them.
+OTHER_LIBRARY := tests/unit/dbus $(addprefix tests/bus/test_,transport.py contract.py hostile.py polkit.py properties.py)
 
-.PHONY: help demo test test-vm check bench fuzz soak clean
+.PHONY: help demo test test-container test-vm check bench fuzz soak clean
 
 help:
 	@echo 'make demo    private bus, scratch root, sample image: the whole job end to end'
 	@echo 'make test    checks and all tests that can run on this machine'
+	@echo 'make test-container boots a Debian 13 container: real systemd, logind, polkit, both buses'
 	@echo 'make test-vm boots a Debian 13 guest for what needs its kernel (fs-verity, vfat)'
 	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
 	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
@@ -31,7 +34,14 @@ test:
 	@$(MAKE) --no-print-directory $(STAMP)
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/pytest $(PYTEST_ARGS)
+	@echo 'what speaks D-Bus once more, with the other library'
+	@HOSTIMAGE_DBUS_LIBRARY=dbus-fast $(BIN)/pytest $(OTHER_LIBRARY)
 	@tests/setup/programs summary
+
+test-container:
+	@tests/setup/programs container
+	@$(MAKE) --no-print-directory $(STAMP)
+	@$(BIN)/pytest -m container $(PYTEST_ARGS) tests/container
 
 test-vm:
 	@tests/setup/programs vm
@@ -51,7 +61,7 @@ fuzz: $(STAMP)
 	@nice -n 19 $(BIN)/python tests/fuzz/run.py fuzz $(TARGET) --seconds $(or $(SECONDS),600)
 
 soak: $(STAMP)
-	@HYPOTHESIS_PROFILE=soak $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
+	@HYPOTHESIS_PROFILE=soak HOSTIMAGE_SOAK=1 $(BIN)/pytest --timeout 1800 tests/property tests/fault $(PYTEST_ARGS)
 	@for kind in dumps directories layers; do \
 	    PYTHONPATH=tests/support $(BIN)/python tests/fuzz/differential.py $$kind --seed $$RANDOM || exit 1; done
 

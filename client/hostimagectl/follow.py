@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from hostimage_dbus.errors import ErrorName
+from hostimage_dbus.names import JobState
 from hostimagectl.failure import Failure, Interrupted
 from hostimagectl.job import Job, JobError, job_id
 from hostimagectl.watch import Watch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from hostimagectl.service import Service
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+#: A job in one of these after it was cancelled was only left: somebody else asked for it as well.
+_UNDISTURBED: Final = (JobState.QUEUED, JobState.HELD, JobState.RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Follower:
         self._deadline_message = ""
         self._ended_since: float | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._asked = 0
 
     @property
     def cancel_requested(self) -> bool:
@@ -71,11 +76,14 @@ class Follower:
         self._interrupts.append(number)
         self._wake.set()
 
-    async def run(self, request: Callable[[], Awaitable[str]]) -> Job:
+    async def run(self, request: Callable[[], Awaitable[str]], *, may_join: bool = False) -> Job:
         """Call ``request``, which gives a job's path, and return the job when it has ended.
 
-        Raises ``Failure`` if there is no job or its end cannot be known, ``Interrupted`` if the user left.
+        ``may_join``: the request may be answered with a job that was there before, and the user is told so.
+        Raises ``Failure`` if there is no job or its end cannot be known, or if it goes on for others though
+        the user cancelled; ``Interrupted`` if the user left.
         """
+        self._asked = time.time_ns() // 1000 if may_join else 0
         with self._signals():
             try:
                 await self._watch.start()
@@ -160,6 +168,9 @@ class Follower:
         self.path = path
         self._wake.set()
         await self._look(path)
+        job = self._watch.job(path)
+        if 0 < job.created < self._asked:
+            self._display.note(f"job {job.id} does this already; following it")
 
     async def _look(self, path: str) -> None:
         """Read the job as it is, besides what signals tell.
@@ -193,6 +204,15 @@ class Follower:
         except Failure as failure:
             if failure.name != ErrorName.UNKNOWN_OBJECT:
                 self._display.note(f"it cannot be cancelled: {failure.message}; waiting for its end")
+            return
+        try:
+            state = (await self._service.job(path)).state
+        except Failure:
+            return  # its end, or that of the daemon, is noticed elsewhere
+        if state in _UNDISTURBED:
+            self._fail(
+                Failure.of_error(ErrorName.CANCELLED, f"job {job_id(path)} goes on: others wait for it too")
+            )
 
     async def _lost(self) -> None:
         reason = await self._service.bus.closed()

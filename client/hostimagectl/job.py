@@ -57,6 +57,7 @@ class Job:
     eta: int = 0
     message: str = ""
     cancellable: bool = False
+    hold_reasons: tuple[str, ...] = ()
     created: int = 0
     started: int = 0
     finished: int = 0
@@ -90,6 +91,7 @@ class Job:
             eta=number("Eta"),
             message=text("Message"),
             cancellable=properties.get("Cancellable") is True,
+            hold_reasons=_texts(properties.get("HoldReasons")),
             created=number("Created"),
             started=number("Started"),
             finished=number("Finished"),
@@ -132,6 +134,7 @@ class Job:
             "eta": self.eta,
             "message": self.message,
             "cancellable": self.cancellable,
+            "holdReasons": list(self.hold_reasons),
             "created": self.created,
             "started": self.started,
             "finished": self.finished,
@@ -142,6 +145,10 @@ def _fraction(value: object) -> float | None:
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         return None
     return float(value)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(filter(None, map(text_of, value))) if isinstance(value, list) else ()
 
 
 def _error(value: object) -> JobError | None:

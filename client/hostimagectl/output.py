@@ -31,11 +31,13 @@ TEXT_LIMIT: Final = 2000
 HINTS: Final[dict[str, str]] = {
     ErrorName.ACCESS_DENIED: "changing the host is for root, or for who polkit allows it",
     ErrorName.AUTHORIZATION_REQUIRED: "run it from a session with a polkit agent, or as root",
-    ErrorName.BUSY: f"see '{PROGRAM} jobs'; without --no-queue a pull waits for its turn",
+    ErrorName.BUSY: f"see '{PROGRAM} jobs'; without --no-queue it waits for its turn",
     ErrorName.INVALID_REFERENCE: "an image is written transport:name, such as docker://registry.example/os:latest",
     ErrorName.REGISTRY_AUTH: "credentials are those of the host, in /etc/ostree/auth.json",
     ErrorName.SIGNATURE_REJECTED: "/etc/containers/policy.json decides which images are accepted",
     ErrorName.DIGEST_MISMATCH: "nothing was stored under its name; try again, or tell its publisher",
+    ErrorName.HELD: f"see '{PROGRAM} status'; '{PROGRAM} release' ends a hold of '{PROGRAM} hold'",
+    ErrorName.NOT_SUPPORTED: "this version of hostimaged cannot do that yet",
     ErrorName.LOCK_TIMEOUT: "another program uses the repository; try again when it has finished",
     ErrorName.INTERNAL: "see 'journalctl -u hostimaged'",
 }

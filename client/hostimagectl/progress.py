@@ -60,6 +60,8 @@ def create(console: Console) -> Display:
 
 def title(job: Job) -> str:
     """What the job is doing, in a word or two."""
+    if job.state == JobState.HELD and job.hold_reasons:
+        return printable(f"held: {', '.join(job.hold_reasons)}", _MESSAGE_LIMIT)
     if job.state in (JobState.QUEUED, JobState.HELD, JobState.CANCELLING):
         return printable(job.state)
     return printable(job.phase or job.state or "waiting", _MESSAGE_LIMIT)

@@ -96,6 +96,7 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
     """Import, and read settings and history; gives what makes the service of them."""
     from hostimage_dbus.introspection import load_shipped
     from hostimaged import config, log
+    from hostimaged.bus.holds import Holds
     from hostimaged.bus.service import Service
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
@@ -106,18 +107,23 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
     boot_id = _read_boot_id(paths)
     history = History(paths.jobs_file, boot_id)
     history.load()
+    holds = Holds(paths.holds_file, boot_id)
+    holds.load()
 
     def make(connection: Connection, tasks: asyncio.TaskGroup, notifier: Notifier) -> Service:
         return Service(
             connection,
             tasks,
             interfaces=interfaces,
+            paths=paths,
             settings=settings,
             settings_problems=problems,
+            load_settings=lambda: config.load(paths.settings),
             history=history,
+            holds=holds,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
-            tell=notifier.status,
+            notifier=notifier,
         )
 
     return make

@@ -103,6 +103,19 @@ class Busy(HostimageError):
     name = ErrorName.BUSY
 
 
+class Held(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.HELD
+    hint = "hostimagectl status tells what is held, and why"
+
+
+class NoSuchDeployment(HostimageError):
+    """{detail}"""
+
+    name = ErrorName.NO_SUCH_DEPLOYMENT
+
+
 class PreconditionFailed(HostimageError):
     """{detail}"""
 

@@ -23,7 +23,6 @@ _NOTICE: Final = 25
 def configure(level: str, *, stream: IO[str] | None = None) -> None:
     """Send events of ``level`` and above to ``stream`` (standard error), those of stdlib logging too."""
     stream = stream or sys.stderr
-    number = {"notice": _NOTICE}.get(level) or getattr(logging, level.upper())
     logging.addLevelName(_NOTICE, "NOTICE")
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -45,7 +44,18 @@ def configure(level: str, *, stream: IO[str] | None = None) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(number)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """From now on log events of ``level`` and above."""
+    number = {"notice": _NOTICE}.get(level) or getattr(logging, level.upper())
+    logging.getLogger().setLevel(number)
+
+
+def to_journal() -> bool:
+    """Whether events go to the journal."""
+    return _is_journal(sys.stderr, os.environ)
 
 
 def _renderer(stream: IO[str]) -> Any:

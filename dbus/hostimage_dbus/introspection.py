@@ -42,11 +42,12 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A property; none is writable so far."""
+    """A property."""
 
     name: str
     signature: str
     emits: Emits
+    writable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,9 @@ def _interface(name: str, xml: str) -> Interface:
         for element in root.iter("method")
     }
     properties = {
-        (member := element.get("name", "")): Property(member, element.get("type", ""), _emits(element))
+        (member := element.get("name", "")): Property(
+            member, element.get("type", ""), _emits(element), writable=element.get("access") == "readwrite"
+        )
         for element in root.iter("property")
     }
     signals = {element.get("name", ""): _signature(element, None) for element in root.iter("signal")}

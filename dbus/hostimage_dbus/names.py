@@ -8,8 +8,14 @@ from typing import Final
 BUS_NAME: Final = "org.hostimage1"
 ROOT_PATH: Final = "/org/hostimage1"
 JOBS_PATH: Final = ROOT_PATH + "/jobs"
+DEPLOYMENTS_PATH: Final = ROOT_PATH + "/deployments"
+LOG_CONTROL_PATH: Final = "/org/freedesktop/LogControl1"
 MANAGER_INTERFACE: Final = "org.hostimage1.Manager"
+DEPLOYMENT_INTERFACE: Final = "org.hostimage1.Deployment"
 JOB_INTERFACE: Final = "org.hostimage1.Job"
+LOG_CONTROL_INTERFACE: Final = "org.freedesktop.LogControl1"
+#: The path that stands for "none" where the type is an object path.
+NO_OBJECT: Final = "/"
 API_VERSION: Final = 1
 
 
@@ -46,3 +52,8 @@ class Phase(StrEnum):
 def job_path(job_id: int) -> str:
     """Object path of job ``job_id``."""
     return f"{JOBS_PATH}/_{job_id}"
+
+
+def deployment_path(deployment_id: str) -> str:
+    """Object path of the deployment with this id (hex digits)."""
+    return f"{DEPLOYMENTS_PATH}/_{deployment_id[:32]}"

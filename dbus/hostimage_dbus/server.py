@@ -19,7 +19,7 @@ from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method
 from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Connection, MethodCall, Variant
 
-__all__ = ["Export", "Handler", "ObjectServer"]
+__all__ = ["Export", "Handler", "ObjectServer", "Setter"]
 
 PEER: Final = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
@@ -31,35 +31,46 @@ UNKNOWN_INTERFACE: Final = "org.freedesktop.DBus.Error.UnknownInterface"
 UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.UnknownProperty"
 PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 
-#: Calls of one connection, and of all, whose handlers may be waiting for something at the same time.
+#: Calls of one connection, and of all, whose handlers may be waiting for something at the same time. The
+#: second is far more than one user's connections may have waiting once the service knows whose they are.
 CALLS_PER_SENDER: Final = 64
-CALLS_IN_ALL: Final = 512
+CALLS_IN_ALL: Final = 4096
 _INTERNAL: Final = "internal error; the journal has the details"
 
 #: Gets a call whose signature was checked; returns the values of the answer, now or later.
 Handler = Callable[[MethodCall], Sequence[Any] | Awaitable[Sequence[Any]]]
+#: Gets the call that sets a property, and the new value, whose type was checked.
+Setter = Callable[[MethodCall, Any], Awaitable[None]]
 
 _logger = logging.getLogger("hostimage_dbus")
 
 
 class Export:
-    """An interface of one object: the value of each property, a handler for each method.
+    """An interface of one object: the value of each property, a handler for each method, and a setter for
+    each property that can be written, which takes the value over by ``change`` itself.
 
-    Raises ``ValueError`` if either does not cover the interface exactly, so that introspection cannot lie.
+    Raises ``ValueError`` if any does not cover the interface exactly, so that introspection cannot lie.
     """
 
     def __init__(
-        self, interface: Interface, properties: Mapping[str, Any], methods: Mapping[str, Handler]
+        self,
+        interface: Interface,
+        properties: Mapping[str, Any],
+        methods: Mapping[str, Handler],
+        setters: Mapping[str, Setter] = {},
     ) -> None:
+        writable = {name: prop for name, prop in interface.properties.items() if prop.writable}
         for what, given, known in (
             ("properties", properties, interface.properties),
             ("methods", methods, interface.methods),
+            ("setters", setters, writable),
         ):
             if given.keys() != known.keys():
                 odd = ", ".join(sorted(given.keys() ^ known.keys()))
                 raise ValueError(f"{interface.name}: {what} do not match the interface: {odd}")
         self.interface = interface
         self.methods = methods
+        self.setters = setters
         self.values = {name: self._variant(name, value) for name, value in properties.items()}
         self._unsent: set[str] = set()
 
@@ -285,9 +296,18 @@ class ObjectServer:
                 return export.values[name]
         raise BusError(UNKNOWN_PROPERTY, f"there is no property {name[:64]!a}")
 
-    def _set(self, call: MethodCall) -> Sequence[Any]:
-        self._value(call.path, *call.body[:2])
-        raise BusError(PROPERTY_READ_ONLY, "the property cannot be set")
+    async def _set(self, call: MethodCall) -> Sequence[Any]:
+        interface, name, value = call.body
+        self._value(call.path, interface, name)
+        export = next(e for e in self._exports(call.path, interface) if name in e.values)
+        if name not in export.setters:
+            raise BusError(PROPERTY_READ_ONLY, "the property cannot be set")
+        if value.signature != (expected := export.interface.properties[name].signature):
+            raise BusError(
+                ErrorName.INVALID_ARGS, f"{name} is of type {expected!r}, not {value.signature[:64]!a}"
+            )
+        await export.setters[name](call, value.value)
+        return []
 
     def _get_all(self, call: MethodCall) -> Sequence[Any]:
         (interface,) = call.body

@@ -13,6 +13,8 @@ exposed to unprivileged users needs it:
 * it leaks file descriptors sent to it. Here they are not negotiated, and the bus refuses to deliver them.
 * its calls hang when the bus dies, its cache of signatures grows for ever, its own answers show
   tracebacks.
+
+HOSTIMAGE_DBUS_LIBRARY=dbus-fast chooses the fork anywhere; the tests run with both.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from hostimage_dbus.framing import (
     parse_address,
 )
 
-if sys.version_info >= (3, 15):
+if sys.version_info >= (3, 15) or os.environ.get("HOSTIMAGE_DBUS_LIBRARY") == "dbus-fast":
     from dbus_fast import Message, MessageFlag, MessageType, Variant
     from dbus_fast._private.unmarshaller import Unmarshaller
 

@@ -109,7 +109,8 @@ async def test_leaving_does_not_stop_the_job(
 async def test_jobs_and_cancel(daemon: Daemon, bus: Bus, client: Client, tmp_path: Path) -> None:
     await daemon.start()
     image = daemon.script("image", {"phase": "pulling"}, *steps_until(tmp_path / "never"))
-    first, second = await client.pull(image), await client.pull(image)
+    other = daemon.script("other", *steps_until(tmp_path / "never"))
+    first, second = await client.pull(image), await client.pull(other)
     await client.changed(first, JOB_INTERFACE, "Phase", "pulling")
     listed = await run(bus, "jobs", "--json")
     assert [(job["id"], job["state"]) for job in json.loads(listed.out)["jobs"]] == [
@@ -117,7 +118,7 @@ async def test_jobs_and_cancel(daemon: Daemon, bus: Bus, client: Client, tmp_pat
         (2, "queued"),
     ]
     assert (await run(bus, "jobs", "-q")).out == "1\n2\n"
-    busy = await run(bus, "pull", "--no-queue", image)
+    busy = await run(bus, "pull", "--no-queue", "--no-join", image)
     assert busy.code == EXIT_CODES[ErrorName.BUSY]
     assert "hint: see 'hostimagectl jobs'" in busy.err
 
@@ -130,6 +131,44 @@ async def test_jobs_and_cancel(daemon: Daemon, bus: Bus, client: Client, tmp_pat
     late = await run(bus, "cancel", "1")
     assert late.code == EXIT_CODES[ErrorName.JOB_NOT_CANCELLABLE]
     assert (await run(bus, "cancel", "77")).code == EXIT_CODES[ErrorName.UNKNOWN_OBJECT]
+
+
+async def test_an_equal_pull_is_joined_and_left(
+    daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
+) -> None:
+    await daemon.start()
+    go = tmp_path / "go"
+    image = daemon.script("image", {"phase": "pulling"}, *steps_until(go))
+    path = await client.pull(image)
+    await client.changed(path, JOB_INTERFACE, "Phase", "pulling")
+    ctl = await Hostimagectl.start(bus, "pull", image)
+    await ctl.says("job 1 does this already; following it")
+    assert (await run(bus, "pull", image, "--no-wait", "-q")).out == "1\n"
+    go.touch()
+    assert await ctl.end() == 0
+    assert (await client.removed(path))[3] == "done"
+
+
+async def test_what_cannot_be_done_yet(daemon: Daemon, bus: Bus) -> None:
+    await daemon.start()
+    client = await run(bus, "rollback", "--json")
+    assert client.code == EXIT_CODES[ErrorName.NOT_SUPPORTED]
+    assert json.loads(client.out)["error"]["name"] == ErrorName.NOT_SUPPORTED
+
+
+async def test_service_commands(daemon: Daemon, bus: Bus) -> None:
+    await daemon.start()
+    for command, out in (
+        (["log-level", "debug"], "debug\n"),
+        (["log-level"], "debug\n"),
+        (["policy"], "none\n"),
+        (["reload"], "the settings are read again\n"),
+        (["hold", "2h", "--reason", "a demo", "-q"], ""),
+        (["release", "-q"], ""),
+    ):
+        client = await run(bus, *command)
+        assert (client.code, client.out) == (0, out), client.err
+    assert (await run(bus, "show", "booted")).code == EXIT_CODES[ErrorName.NO_SUCH_DEPLOYMENT]
 
 
 async def test_images_and_status(daemon: Daemon, bus: Bus, client: Client) -> None:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from hostimage_dbus.errors import ErrorName
-from hostimage_dbus.introspection import Emits, load
-from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, JOBS_PATH, MANAGER_INTERFACE, ROOT_PATH
+from hostimage_dbus.introspection import Emits, Interface, load
+from hostimage_dbus.names import (
+    BUS_NAME,
+    DEPLOYMENT_INTERFACE,
+    JOB_INTERFACE,
+    JOBS_PATH,
+    LOG_CONTROL_INTERFACE,
+    LOG_CONTROL_PATH,
+    MANAGER_INTERFACE,
+    ROOT_PATH,
+    deployment_path,
+)
 from hostimage_dbus.transport import BusError, Variant
 from hostimage_testing.bus import PATIENCE, PROPERTIES, Client, Daemon, error_of, now, plain, steps_until
-from hostimage_testing.tools import require, run
+from hostimage_testing.tools import absent, require, run
+from hostimaged.bus.authorization import Action, Facts, Member, required
+from hostimaged.bus.options import OPTIONS
 
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
-SHIPPED = {name: load(f"{name}.xml")[name] for name in (MANAGER_INTERFACE, JOB_INTERFACE)}
+INTERFACES = (MANAGER_INTERFACE, DEPLOYMENT_INTERFACE, JOB_INTERFACE, LOG_CONTROL_INTERFACE)
+SHIPPED = {name: load(f"{name}.xml")[name] for name in INTERFACES}
+DEPLOYMENT = "a" * 64
 #: Budgets are for a quiet machine; see the testing notes.
 SLACK = 5
 
@@ -31,20 +47,31 @@ async def _job(daemon: Daemon, client: Client) -> str:
     return await client.pull(daemon.script("job", *steps_until(Path("/nonexistent"))))
 
 
-async def test_introspection_is_the_shipped_file(daemon: Daemon, client: Client) -> None:
+async def _one_of_each(daemon: Daemon, client: Client) -> dict[str, str]:
+    """Start with a deployment and a job; gives the path of an object of each interface."""
+    daemon.findings(deployments=[{"id": DEPLOYMENT}])
     await daemon.start()
-    path = await _job(daemon, client)
-    for where, name in ((ROOT_PATH, MANAGER_INTERFACE), (path, JOB_INTERFACE)):
+    await client.until(lambda: client.named("InterfacesAdded"))
+    return {
+        MANAGER_INTERFACE: ROOT_PATH,
+        DEPLOYMENT_INTERFACE: deployment_path(DEPLOYMENT),
+        JOB_INTERFACE: await _job(daemon, client),
+        LOG_CONTROL_INTERFACE: LOG_CONTROL_PATH,
+    }
+
+
+async def test_introspection_is_the_shipped_file(daemon: Daemon, client: Client) -> None:
+    for name, where in (await _one_of_each(daemon, client)).items():
         (text,) = await client.connection.call(BUS_NAME, where, INTROSPECTABLE, "Introspect")
         assert SHIPPED[name].xml in text
     assert [node.get("name") for node in (await _introspect(client, "/")).iter("node")][1:] == ["org"]
-    assert [node.get("name") for node in (await _introspect(client, ROOT_PATH)).iter("node")][1:] == ["jobs"]
+    below = [node.get("name") for node in (await _introspect(client, ROOT_PATH)).iter("node")][1:]
+    assert below == ["deployments", "jobs"]
     assert [node.get("name") for node in (await _introspect(client, JOBS_PATH)).iter("node")][1:] == ["_1"]
 
 
 async def test_every_method_is_there_with_its_signature(daemon: Daemon, client: Client) -> None:
-    await daemon.start()
-    paths = {MANAGER_INTERFACE: ROOT_PATH, JOB_INTERFACE: await _job(daemon, client)}
+    paths = await _one_of_each(daemon, client)
     for interface in SHIPPED.values():
         for method in interface.methods.values():
             wrong = error_of(
@@ -56,8 +83,7 @@ async def test_every_method_is_there_with_its_signature(daemon: Daemon, client: 
 
 
 async def test_every_property_is_there_with_its_type(daemon: Daemon, client: Client) -> None:
-    await daemon.start()
-    paths = {MANAGER_INTERFACE: ROOT_PATH, JOB_INTERFACE: await _job(daemon, client)}
+    paths = await _one_of_each(daemon, client)
     for name, interface in SHIPPED.items():
         (values,) = await client.connection.call(BUS_NAME, paths[name], PROPERTIES, "GetAll", "s", [name])
         assert {key: value.signature for key, value in values.items()} == {
@@ -73,7 +99,7 @@ async def test_every_property_is_there_with_its_type(daemon: Daemon, client: Cli
 async def test_annotations_are_true(daemon: Daemon, client: Client, tmp_path: Path) -> None:
     """What a property's annotation says is what happens to it over a job's life and a scan."""
     await daemon.start()
-    await client.until(lambda: daemon.process)
+    mark = len(client.signals)
     before = await client.properties(ROOT_PATH, MANAGER_INTERFACE)
     seen: dict[str, dict[str, object]] = {ROOT_PATH: dict(before)}
     (daemon.root / "sysroot").mkdir(exist_ok=True)
@@ -91,7 +117,6 @@ async def test_annotations_are_true(daemon: Daemon, client: Client, tmp_path: Pa
     ]
     path = await client.pull(daemon.script("job", *steps, *steps_until(go, result={"changed": True})))
     seen[path] = dict(await client.job(path))
-    mark = len(client.signals)
     go.touch()
     await client.removed(path)
     told: dict[str, set[str]] = {ROOT_PATH: set(), path: set()}
@@ -161,6 +186,73 @@ async def test_other_tools_can_use_it(daemon: Daemon, client: Client, tool: str)
         assert member in shown
 
 
+# Introspects, calls, watches a property and the object manager through GLib's proxies; prints what it saw.
+_GLIB = """
+import json, sys
+from gi.repository import Gio, GLib
+address, image = sys.argv[1:]
+flags = Gio.DBusConnectionFlags.AUTHENTICATION_CLIENT | Gio.DBusConnectionFlags.MESSAGE_BUS_CONNECTION
+bus = Gio.DBusConnection.new_for_address_sync(address, flags, None, None)
+manager = Gio.DBusProxy.new_sync(
+    bus, Gio.DBusProxyFlags.NONE, None, "org.hostimage1", "/org/hostimage1", "org.hostimage1.Manager", None)
+objects = Gio.DBusObjectManagerClient.new_sync(
+    bus, Gio.DBusObjectManagerClientFlags.NONE, "org.hostimage1", "/org/hostimage1", None, None, None)
+loop = GLib.MainLoop()
+seen = {"version": manager.get_cached_property("Version").unpack(), "added": [], "states": []}
+objects.connect("object-added", lambda _, found: seen["added"].append(found.get_object_path()))
+def changed(_proxy, values, _invalidated):
+    seen["states"] += [values.unpack()["State"]] if "State" in values.unpack() else []
+manager.connect("g-properties-changed", changed)
+def signal(_proxy, _sender, name, arguments):
+    if name == "JobRemoved":
+        seen["removed"] = arguments.unpack()[3]
+        GLib.timeout_add(200, loop.quit)
+manager.connect("g-signal", signal)
+seen["job"] = manager.call_sync("Pull", GLib.Variant("(sa{sv})", (image, {})), 0, 20000, None).unpack()[0]
+GLib.timeout_add_seconds(20, loop.quit)
+loop.run()
+print(json.dumps(seen))
+"""
+
+
+async def test_glib_can_use_it(daemon: Daemon, client: Client, tmp_path: Path) -> None:
+    python = "/usr/bin/python3"
+    if run(python, "-c", "from gi.repository import Gio", check=False).code:
+        absent("python3-gi is not installed")
+    await daemon.start()
+    image = daemon.script("image", {"phase": "pulling"}, {"result": {}})
+    script = tmp_path / "glib.py"
+    script.write_text(_GLIB)
+    seen = json.loads(run(python, str(script), daemon.bus.address, image).out)
+    assert seen["version"] == (await client.status())["daemon"]["version"]
+    assert seen["added"] == [seen["job"]]
+    assert seen["states"][-2:] == ["pulling", "idle"]
+    assert seen["removed"] == "done"
+
+
+async def test_gdbus_watches_properties(daemon: Daemon, client: Client) -> None:
+    await daemon.start()
+    program = await asyncio.create_subprocess_exec(
+        require("gdbus"), "monitor", "--address", daemon.bus.address, "--dest", BUS_NAME,
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert program.stdout is not None
+        while b"is owned by" not in (line := await program.stdout.readline()):
+            assert line
+        path = await client.pull(daemon.script("image", {"result": {}}))
+        told = [(await program.stdout.readline()).decode()]
+        while "JobRemoved" not in told[-1]:
+            told.append((await program.stdout.readline()).decode())
+    finally:
+        program.kill()
+        await program.communicate()
+    manager = f"{ROOT_PATH}: org.freedesktop.DBus."
+    assert told[0].startswith(f"{manager}ObjectManager.InterfacesAdded (objectpath '{path}'")
+    changed = [line for line in told if line.startswith(f"{manager}Properties.PropertiesChanged")]
+    assert any("'ActiveJob': <objectpath '/'>" in line for line in changed)
+
+
 async def test_name_is_owned_fast_and_status_follows(real_daemon: Daemon, client: Client) -> None:
     best = {"name": 99.0, "status": 99.0}
     for _ in range(3):
@@ -186,14 +278,62 @@ async def test_calls_during_the_start_are_answered(real_daemon: Daemon, client: 
         await client.connection.call(BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, "Nothing", timeout=PATIENCE)
 
 
+def _comments(interface: Interface) -> dict[str, str]:
+    """The comment right before each member, by the member's name; whitespace is single spaces."""
+    found = re.findall(
+        r'<!--((?:(?!-->).)*)-->\s*<(?:method|signal|property) name="(\w+)"', interface.xml, re.DOTALL
+    )
+    return {name: " ".join(text.split()) for text, name in found}
+
+
+@pytest.mark.parametrize("name", INTERFACES)
+def test_every_member_is_documented(name: str) -> None:
+    interface = SHIPPED[name]
+    comments = _comments(interface)
+    assert comments.keys() == {*interface.methods, *interface.signals, *interface.properties}
+    root = ET.fromstring(interface.xml)
+    for member, text in comments.items():
+        assert text.startswith(f"{member}: "), member
+        assert "Security: " in text, member
+    for method in root.iter("method"):
+        text = comments[method.get("name", "")]
+        for argument in method.iter("arg"):
+            assert f"@{argument.get('name')}" in text, (method.get("name"), argument.get("name"))
+
+
+def test_options_in_the_documentation_are_those_that_are_taken() -> None:
+    common = {"client-id", "queue", "no-join"}
+    for name in (MANAGER_INTERFACE, DEPLOYMENT_INTERFACE, JOB_INTERFACE):
+        for member, text in _comments(SHIPPED[name]).items():
+            if "@options: " not in text:
+                continue
+            documented = re.split(r"\. @| Errors:", text.partition("@options: ")[2])[0]
+            options = set(re.findall(r"([a-z]+(?:-[a-z]+)*) \([bs]\)", documented))
+            assert options == set(OPTIONS[Member(member)]), member
+            assert common <= options or len(options) == 1, member
+
+
+def test_actions_in_the_documentation_exist_and_are_the_first_that_is_asked_for() -> None:
+    for name in (MANAGER_INTERFACE, DEPLOYMENT_INTERFACE):
+        for member in SHIPPED[name].methods:
+            security = _comments(SHIPPED[name])[member].partition("Security: ")[2]
+            needed = required(Member(member), {}, Facts(source_trusted=True, newest_of_tracked=True))
+            documented = re.findall(r"org\.hostimage1\.[a-z-]+", security)
+            assert set(documented) <= set(Action)
+            assert documented[:1] == [str(action) for action in needed], member
+            assert (security == "open to everybody.") is (not needed)
+
+
 def test_every_error_name_in_the_interface_exists() -> None:
     known = {name.rpartition(".")[2] for name in ErrorName}
+    seen: set[str] = set()
     for interface in SHIPPED.values():
-        for line in interface.xml.splitlines():
-            text = line.strip()
-            if text.startswith("Errors: "):
-                names = text.removeprefix("Errors: ").partition("(")[0].split(".")[0]
-                assert {n.strip() for n in names.split(",") if n.strip()} <= known
+        for text in _comments(interface).values():
+            if "Errors: " in text:
+                listed = re.sub(r"\([^)]*\)", "", text.partition("Errors: ")[2].partition(". ")[0])
+                seen |= {name.strip(" .") for name in listed.split(",")}
+    assert seen <= known, seen - known
+    assert {"NoSuchDeployment", "Held", "InteractiveAuthorizationRequired"} <= seen
 
 
 def test_variants_of_the_library_compare_by_value() -> None:

@@ -131,7 +131,7 @@ async def test_image_strings_are_validated(daemon: Daemon, client: Client, image
         {"queue": Variant("s", "yes")},
         {"expect-digest": Variant("s", "sha256:1")},
         {"expect-digest": Variant("s", "")},
-        {"background": Variant("b", True)},
+        {"apply": Variant("s", "none")},
         {"x" * 20000: Variant("b", True)},
     ],
 )
@@ -234,7 +234,7 @@ async def test_a_user_has_a_limited_number_of_calls_under_way(daemon: Daemon, cl
     """All are answered: jobs up to the limits, and clear errors beyond."""
     await daemon.start()
     image = daemon.script("image", {"stubborn": ""})
-    calls = [asyncio.ensure_future(client.pull(image)) for _ in range(200)]
+    calls = [asyncio.ensure_future(client.pull(image, no_join=True)) for _ in range(200)]
     results = await asyncio.gather(*calls, return_exceptions=True)
     jobs = [r for r in results if isinstance(r, str)]
     names = {r.name for r in results if not isinstance(r, str)}  # type: ignore[union-attr]

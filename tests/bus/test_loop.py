@@ -17,10 +17,13 @@ from hostimage_dbus.introspection import Interface, load_shipped
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE
 from hostimage_dbus.transport import Connection
 from hostimage_testing.bus import Bus, Client, Daemon
+from hostimaged.bus.holds import Holds
 from hostimaged.bus.service import Service
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import WorkerSettings
+from hostimaged.system.notify import Notifier
+from hostimaged.system.paths import HostPaths
 
 #: The rule is 100 ms on a quiet machine; see the testing notes.
 LONGEST_CALLBACK = 0.1 * 5
@@ -59,8 +62,12 @@ async def service(bus: Bus, tmp_path: Path, interfaces: dict[str, Interface]) ->
             connection,
             tasks,
             interfaces=interfaces,
+            paths=HostPaths.scratch(root),
             settings=Settings(),
             settings_problems=[],
+            load_settings=lambda: (Settings(), []),
+            holds=Holds(root / "run/hostimaged/hold.json", "boot"),
+            notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",
             workers=WorkerSettings(root=root, command=(sys.executable, "-P", str(WORKER)), cooperative=1),
@@ -78,7 +85,7 @@ async def test_nothing_blocks_the_loop(service: Daemon, client: Client, stalls: 
     steps += [{"advance": 1000}, {"message": "x" * 900}] * 1000
     image = service.script("large", *steps, {"result": {}})
     path = await client.pull(image)
-    cancelled = await client.pull(image)
+    cancelled = await client.pull(image, no_join=True)
     while not any(s.body[1] == path for s in client.named("JobRemoved")):
         await client.status()
     await client.cancel(cancelled)

@@ -96,8 +96,8 @@ async def test_waiting_jobs_of_a_user_are_limited(daemon: Daemon, client: Client
     active = await client.pull(image)
     await client.changed(active, JOB_INTERFACE, "State", "running")
     for _ in range(8):
-        await client.pull(image)
-    assert (await error_of(client.pull(image))).name == ErrorName.LIMITS_EXCEEDED
+        await client.pull(image, no_join=True)
+    assert (await error_of(client.pull(image, no_join=True))).name == ErrorName.LIMITS_EXCEEDED
 
 
 async def test_cancelled_waiting_job_leaves_the_queue_at_once(
@@ -105,7 +105,7 @@ async def test_cancelled_waiting_job_leaves_the_queue_at_once(
 ) -> None:
     await daemon.start()
     image = daemon.script("image", *steps_until(tmp_path / "go"))
-    active, waiting = await client.pull(image), await client.pull(image)
+    active, waiting = await client.pull(image), await client.pull(image, no_join=True)
     await client.cancel(waiting)
     assert (await client.removed(waiting))[3:] == ["cancelled", ErrorName.CANCELLED, "cancelled"]
     assert [row[3] for row in await client.manager("ListJobs")] == [active]

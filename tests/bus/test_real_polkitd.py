@@ -223,7 +223,7 @@ async def test_a_password_for_one_step_of_a_repair_serves_for_the_next(polkit: R
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("done", "not allowed by the system's policy"),
+        ("done", "the system's policy forbids it, or the authentication failed"),
         ("dismiss", "the request for authentication was dismissed"),
     ],
 )

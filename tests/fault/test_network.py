@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from hostimage_testing import tars
+from hostimage_testing import pulling, tars
 from hostimage_testing.faulty_registry import Fault, FaultyRegistry, Then
 from hostimage_testing.host import scratch_host
 from hostimage_testing.judge import Judge
 from hostimage_testing.layout import CONFIG_TYPE, INDEX_TYPE, Layer, Layout
-from hostimaged.composefs.repository import Repository, Verity
+from hostimage_testing.pulling import check_nothing_named
 from hostimaged.errors import (
     Cancelled,
     DigestMismatch,
@@ -30,9 +30,7 @@ from hostimaged.errors import (
     Unavailable,
     UnsupportedImage,
 )
-from hostimaged.oci import images
-from hostimaged.oci.pull import PullResult, pull_image
-from hostimaged.oci.reference import ImageReference
+from hostimaged.oci.pull import PullResult
 from hostimaged.oci.source import Patience
 from hostimaged.progress import Silent
 from hostimaged.system.paths import HostPaths
@@ -101,15 +99,7 @@ class Listener(Silent):
 
 
 def pull(host: HostPaths, registry: FaultyRegistry, **options: Any) -> PullResult:
-    wanted: dict[str, Any] = {
-        "expect_digest": None,
-        "verity": Verity.OPPORTUNISTIC,
-        "lock_timeout": 5,
-        "reporter": Silent(),
-        "patience": QUICK,
-    }
-    reference = ImageReference.parse(f"docker://{registry.host}/test/os:v1")
-    return pull_image(host, reference, **(wanted | options))
+    return pulling.pull(host, f"docker://{registry.host}/test/os:v1", **({"patience": QUICK} | options))
 
 
 def path_of(what: str, layers: list[Layer], layout: Layout) -> str:
@@ -120,20 +110,6 @@ def path_of(what: str, layers: list[Layer], layout: Layout) -> str:
         manifest = json.loads(layout.blob_path(layout.manifests[0]["digest"]).read_bytes())
         return str(manifest["config"]["digest"])
     return what
-
-
-def check_nothing_named(host: HostPaths, *, layers: int = 0) -> None:
-    """No tag, no manifest, no configuration, no image; so many layers have their names, all whole."""
-    with Repository.open(host.repository, lock_timeout=0) as repository:
-        assert images.tags(repository) == {}
-        assert repository.images() == []
-        streams = repository.streams()
-        assert all(name.startswith("oci-layer-") for name in streams)
-        assert len(streams) <= layers
-        for name in streams:
-            with repository.open_stream(name) as stream:
-                assert all(map(repository.has_object, stream.object_refs))
-    assert list(host.temporary.iterdir()) == []
 
 
 GARBAGE = {
@@ -227,7 +203,7 @@ def test_final_errors(
     assert "\n" not in caught.value.message
     assert listener.retries == []
     assert len(registry.asked(path)) == 1
-    check_nothing_named(host, layers=1 if what == BLOB else 0)
+    check_nothing_named(host, *(layer.diff_id for layer in layers[1:] if what == BLOB))
     judge.check(images=0)
     registry.heal()
     assert pull(host, registry).changed
@@ -273,7 +249,7 @@ def test_passing_errors_that_do_not_pass(
     assert str(host.temporary) not in caught.value.message
     assert len(registry.asked(path)) == 4
     assert len(listener.retries) == 3
-    check_nothing_named(host, layers=1 if what == BLOB else 0)
+    check_nothing_named(host, *(layer.diff_id for layer in layers[1:] if what == BLOB))
     judge.check(images=0)
     fetched_before = len(registry.asked(small))
     registry.heal()
@@ -365,7 +341,7 @@ def test_a_registry_that_stops_for_good(
         pull(host, registry, patience=Patience(silence=20, pause=0.05))
     thread.join()
     assert time.monotonic() - begin < BOUND
-    check_nothing_named(host, layers=1)
+    check_nothing_named(host, layers[1].diff_id)
     judge.check(images=0)
     registry.start()
     assert pull(host, registry).changed
@@ -390,7 +366,7 @@ def test_cancelled_while_waiting(
     with pytest.raises(Cancelled):
         pull(host, registry, reporter=Impatient(), patience=Patience(silence=60, pause=60))
     assert time.monotonic() - cancelled_at[0] < 5
-    check_nothing_named(host, layers=1 if what == BLOB else 0)
+    check_nothing_named(host, *(layer.diff_id for layer in layers[1:] if what == BLOB))
 
 
 Lie = tuple[str, int, type[HostimageError]]
@@ -422,7 +398,7 @@ def test_sizes_in_the_manifest_that_lie(
         pull(host, registry, reporter=listener)
     assert type(caught.value) is kind
     assert listener.retries == []
-    check_nothing_named(host, layers=1 if where == "layer" else 0)
+    check_nothing_named(host, *(layer.diff_id for layer in layers[1:] if where == "layer"))
     judge.check(images=0)
 
 

@@ -141,37 +141,38 @@ def replay(name: str) -> int:
 
 
 def minimise(name: str) -> int:
-    """Replace the corpus by the smallest inputs that reach everything reached by it and by what was found.
+    """Replace the corpus by few small inputs that reach what is reached by it and by what was found.
 
     Inputs named ``regression-…`` stay.
     """
     from targets import TARGETS, execute
 
     tried = TARGETS[name]
-    inputs = {
-        path.read_bytes(): path
-        for directory in (FOUND / name, CORPUS / name)
-        if directory.is_dir()
-        for path in directory.iterdir()
-    }
-    reached: set[tuple[str, int, int]] = set()
-    total = 0
-    kept: list[bytes] = []
-    for data in sorted(inputs, key=lambda data: ("regression" not in inputs[data].name, len(data), data)):
-        lines = _lines_reached(lambda data=data: execute(tried, data))
-        fixed = inputs[data].name.startswith("regression")
-        if fixed or (not lines <= reached and total + len(data) <= CORPUS_LIMIT):
-            reached |= lines
-            total += len(data)
-            if not fixed:
-                kept.append(data)
+    directories = [directory for directory in (CORPUS / name, FOUND / name) if directory.is_dir()]
+    files = [path for directory in directories for path in directory.iterdir()]
+    kept = [path.read_bytes() for path in files if path.name.startswith("regression")]
+    others = {path.read_bytes() for path in files} - {*kept}
+    steps = {data: _steps_of(lambda data=data: execute(tried, data)) for data in sorted(others)}
+    missing = set().union(*steps.values())
+    reachable = len(missing)
+    for data in kept:
+        missing -= _steps_of(lambda data=data: execute(tried, data))
+    chosen: list[bytes] = []
+    room = CORPUS_LIMIT - sum(map(len, kept))
+    # The usual greedy choice: what brings most for its size, which counts from that of a block.
+    while fitting := [data for data in steps if len(data) <= room and steps[data] & missing]:
+        best = max(fitting, key=lambda data: len(steps[data] & missing) / (512 + len(data)))
+        missing -= steps.pop(best)
+        room -= len(best)
+        chosen.append(best)
     (CORPUS / name).mkdir(parents=True, exist_ok=True)
     for path in (CORPUS / name).iterdir():
         if not path.name.startswith("regression"):
             path.unlink()
-    for data in kept:
+    for data in chosen:
         (CORPUS / name / _name_of(data)).write_bytes(data)
-    print(f"{name}: {len(kept)} of {len(inputs)} inputs kept, {total} bytes")
+    print(f"{name}: {len(chosen)} of {len(others)} inputs, {CORPUS_LIMIT - room} bytes", end="")
+    print(f", {reachable - len(missing)} of {reachable} steps")
     return 0
 
 
@@ -179,7 +180,7 @@ def _name_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _lines_reached(call: Any) -> set[tuple[str, int, int]]:
+def _steps_of(call: Any) -> set[tuple[str, int, int]]:
     """Pairs of successive lines of ours that a call runs, in any thread."""
     edges: set[tuple[str, int, int]] = set()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -11,26 +9,13 @@ from pathlib import Path
 import pytest
 
 from hostimage_testing.tools import REPOSITORY_ROOT
-
-SHARED_DATA = {
-    "share/dbus-1/system.d/org.hostimage1.conf",
-    "share/dbus-1/system-services/org.hostimage1.service",
-    "share/polkit-1/actions/org.hostimage1.policy",
-    "share/doc/hostimaged/50-org.hostimage1.rules.example",
-    "share/dbus-1/interfaces/org.hostimage1.Manager.xml",
-    "share/dbus-1/interfaces/org.hostimage1.Job.xml",
-    "lib/systemd/system/hostimaged.service",
-}
+from hostimage_testing.wheel import SHARED_DATA, build_wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a freshly built wheel."""
-    pytest.importorskip("hatchling")
-    directory = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=REPOSITORY_ROOT, check=True, capture_output=True)
-    (built,) = directory.glob("*.whl")
+    built = build_wheel(tmp_path_factory.mktemp("wheel"))
     with zipfile.ZipFile(built) as archive:
         return set(archive.namelist())
 

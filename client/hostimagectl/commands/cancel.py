@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
     """Cancel the job and wait for its end."""
-    async with service.connect() as daemon:
-        return await cancel(daemon, arguments.id, console, wait=not arguments.no_wait)
+    async with service.connect(ask=not arguments.no_ask_password) as daemon:
+        return await cancel(daemon, arguments.id, console, wait=arguments.wait)
 
 
 async def cancel(daemon: Service, number: int, console: Console, *, wait: bool) -> int:

@@ -18,12 +18,24 @@ if TYPE_CHECKING:
 
 #: Results shown to a person; JSON has all that the daemon remembers.
 _RESULTS: Final = 5
+#: Digits of a deployment's id that are shown; the commands take as few as tell it apart.
+_SHOWN_DIGITS: Final = 12
+_DEPLOYMENT_STATES: Final = {
+    "booted": "booted",
+    "staged": "staged",
+    "is-rollback": "rollback",
+    "pinned": "pinned",
+    "locked": "locked",
+}
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
     """Show the status."""
-    del arguments
     async with service.connect() as daemon:
+        if arguments.format != "native":
+            # Made for other programs; what they parse is not ours to change.
+            console.line(await daemon.status_text(arguments.format))
+            return EXIT_OK
         document = await daemon.status()
     show(document, console)
     return EXIT_OK
@@ -42,14 +54,55 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         [
             ("State", text_of(daemon.get("state")) or ABSENT),
             ("Tracked image", text_of(document.get("trackedImage")) or "none"),
+            *_update(document),
+            *_holds(document),
             ("Repository", _repository(document.get("repository"))),
             ("Daemon", f"hostimaged {text_of(daemon.get('version')) or ABSENT}"),
         ]
     )
+    _deployments(document, console)
     _images(document, console)
     _jobs(document, console)
     _results(document, console)
     _problems(document, console)
+
+
+def _update(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    update = _section(document, "update")
+    if not update:
+        return []
+    name = text_of(update.get("version")) or text_of(update.get("digest")) or ABSENT
+    amount = number_of(update.get("download-size"))
+    download = f", {size(amount)} to download" if amount else ""
+    return [("Update", f"{name} ({text_of(update.get('state')) or ABSENT}{download})")]
+
+
+def _holds(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for row in _rows(document, "holds"):
+        until = number_of(row.get("until"))
+        details = [f"until {timestamp(until)}"] if until else []
+        details += filter(None, [text_of(row.get("reason"))])
+        rows.append(("Held", f"{text_of(row.get('kind')) or ABSENT} {', '.join(details)}".rstrip()))
+    return rows
+
+
+def _deployments(document: Mapping[str, Any], console: Console) -> None:
+    rows = _rows(document, "deployments")
+    if not rows:
+        return
+    console.line("\nDeployments:")
+    console.table(("deployment", "state", "version", "image"), [_deployment_cells(row) for row in rows])
+
+
+def _deployment_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    states = [word for key, word in _DEPLOYMENT_STATES.items() if row.get(key) is True]
+    return (
+        text_of(row.get("id"))[:_SHOWN_DIGITS] or ABSENT,
+        ", ".join(states) or ABSENT,
+        text_of(row.get("version")) or ABSENT,
+        text_of(row.get("image")) or ABSENT,
+    )
 
 
 def _images(document: Mapping[str, Any], console: Console) -> None:

@@ -1,30 +1,25 @@
-"""Who calls, and what a caller may do.
-
-For now everything that changes anything is for root, and for the daemon's own user, so that an unprivileged
-demo on a private bus works. What cannot be found out counts as a refusal.
-"""
+"""Who calls. What cannot be found out counts as a refusal."""
 
 from __future__ import annotations
 
-import os
+import asyncio
 from collections import Counter, OrderedDict
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from hostimage_dbus.transport import BusClosed, BusError
+from hostimaged.bus.polkit import Caller
 from hostimaged.errors import AccessDenied, LimitsExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from hostimage_dbus.transport import Connection
 
-    from hostimage_dbus.transport import Connection, MethodCall
-
-#: Calls of one user whose authorisation or acceptance may be under way.
-CALLS_PER_UID: Final = 64
 #: Seconds the bus gets to say who a caller is.
 _LOOKUP_TIMEOUT: Final = 5.0
+#: Calls of one connection that may wait for this. The bus allows a user 256 connections: together they are
+#: far fewer than the object server has room for, so that they keep nobody out.
+WAITING_PER_NAME: Final = 8
 #: Unique names are never used twice, so what was learned of one stays true.
 _REMEMBERED: Final = 1024
 
@@ -32,46 +27,49 @@ _logger = structlog.get_logger("hostimaged.bus")
 
 
 class Callers:
-    """Finds out and judges callers over ``connection``."""
+    """Finds out callers over ``connection``; questions to the bus are tasks of ``tasks``."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, tasks: asyncio.TaskGroup) -> None:
         self._connection = connection
-        self._uids: OrderedDict[str, int] = OrderedDict()
-        self._in_flight: Counter[int] = Counter()
-        self._trusted = frozenset({0, os.geteuid()})
+        self._tasks = tasks
+        self._known: OrderedDict[str, Caller] = OrderedDict()
+        self._waiting: Counter[str] = Counter()
+        self._asking: dict[str, asyncio.Task[Caller | None]] = {}
 
-    @asynccontextmanager
-    async def privileged(self, call: MethodCall) -> AsyncIterator[int]:
-        """The uid of a caller who may change things, while its call is answered.
+    async def identify(self, name: str) -> Caller:
+        """The caller with the unique name ``name``.
 
-        Raises ``AccessDenied``, or ``LimitsExceeded`` if too many calls of the user are under way.
+        Raises ``AccessDenied`` if the bus does not know it, ``LimitsExceeded`` if too many calls ask at once.
         """
-        uid = await self._uid(call.sender)
-        if uid not in self._trusted:
-            _logger.info("call.denied", member=call.member, uid=uid)
-            raise AccessDenied(f"{call.member} is for root only")
-        if self._in_flight[uid] >= CALLS_PER_UID:
-            raise LimitsExceeded("too many calls of this user are under way")
-        self._in_flight[uid] += 1
+        if name in self._known:
+            self._known.move_to_end(name)
+            return self._known[name]
+        if name not in self._asking:
+            # One question for all calls of a connection.
+            self._asking[name] = self._tasks.create_task(self._ask(name))
+            self._asking[name].add_done_callback(lambda _: self._asking.pop(name))
+        if self._waiting[name] >= WAITING_PER_NAME:
+            raise LimitsExceeded("too many calls at once on a new connection")
+        self._waiting[name] += 1
         try:
-            yield uid
+            caller = await asyncio.shield(self._asking[name])
         finally:
-            self._in_flight[uid] -= 1
-            if not self._in_flight[uid]:
-                del self._in_flight[uid]
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
+        if caller is None:
+            raise AccessDenied("the bus does not say who calls")
+        return caller
 
-    async def _uid(self, sender: str) -> int:
-        if sender in self._uids:
-            self._uids.move_to_end(sender)
-            return self._uids[sender]
+    async def _ask(self, name: str) -> Caller | None:
         try:
-            uid = await self._connection.unix_user(sender, _LOOKUP_TIMEOUT)
+            uid = await self._connection.unix_user(name, _LOOKUP_TIMEOUT)
         except BusClosed:
-            raise
+            return None
         except BusError as error:
             _logger.warning("caller.unknown", error=error.name)
-            raise AccessDenied("the bus does not say who calls") from None
-        self._uids[sender] = uid
-        while len(self._uids) > _REMEMBERED:
-            self._uids.popitem(last=False)
-        return uid
+            return None
+        self._known[name] = caller = Caller(name, uid)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return caller

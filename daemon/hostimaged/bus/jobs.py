@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import JOB_INTERFACE, JobState, job_path
 from hostimage_dbus.server import Export, ObjectServer
 from hostimage_dbus.transport import Variant
+from hostimaged.bus.authorization import Member
 from hostimaged.bus.options import parse_options
+from hostimaged.bus.requests import Request
 from hostimaged.bus.status import to_variants
 from hostimaged.errors import JobNotCancellable
+from hostimaged.jobs.history import JobRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hostimage_dbus.transport import MethodCall
-    from hostimaged.bus.callers import Callers
-    from hostimaged.jobs.history import JobRecord
+    from hostimaged.bus.gate import Gate
     from hostimaged.jobs.job import Job
     from hostimaged.jobs.queue import JobQueue
 
@@ -28,9 +31,9 @@ LINGER: Final = 60.0
 class JobObjects:
     """Exports jobs while they wait and run, and for ``linger`` seconds after."""
 
-    def __init__(self, server: ObjectServer, callers: Callers, *, linger: float = LINGER) -> None:
+    def __init__(self, server: ObjectServer, gate: Gate, *, linger: float = LINGER) -> None:
         self._server = server
-        self._callers = callers
+        self._gate = gate
         self._linger = linger
         self._interface = server.interfaces[JOB_INTERFACE]
         self._leaving: dict[str, asyncio.TimerHandle] = {}
@@ -38,27 +41,36 @@ class JobObjects:
     def add(self, job: Job, queue: JobQueue) -> None:
         """Export a new job."""
 
+        def prepare(call: MethodCall) -> Request:
+            options = parse_options(Member.CANCEL, call.body[0])
+            if not job.cancellable:
+                raise JobNotCancellable(f"job {job.id} is {job.state}")
+            return Request(Member.CANCEL, options, reference=job.target, arguments=(job.id,))
+
         async def cancel(call: MethodCall) -> Sequence[Any]:
-            parse_options("Cancel", call.body[0])
-            async with self._callers.privileged(call):
-                await queue.cancel(job)
+            async with self._gate.passed(
+                call,
+                partial(prepare, call),
+                lambda caller: job.asked_by(caller.uid) or job.state is JobState.CANCELLING,
+            ) as (caller, _):
+                if job.asked_by(caller.uid):
+                    await queue.withdraw(job, caller.uid, caller.name)
+                else:
+                    await queue.cancel(job)
             return []
 
-        constant = _constant(
-            job.id, job.kind, job.target, job.created, job.initiator.uid, job.initiator.client_id
-        )
+        constant = _constant(JobRecord.of(job), background=job.background, client_id=job.initiator.client_id)
         export = Export(self._interface, constant | _changing(job), {"Cancel": cancel})
         self._server.export(job.path, export)
 
     def add_ended(self, record: JobRecord) -> None:
         """Export a job that an earlier daemon left behind, as it ended."""
 
-        async def cancel(call: MethodCall) -> Sequence[Any]:
-            parse_options("Cancel", call.body[0])
-            async with self._callers.privileged(call):
-                raise JobNotCancellable(f"job {record.id} is {record.state}")
+        def cancel(call: MethodCall) -> Sequence[Any]:
+            parse_options(Member.CANCEL, call.body[0])
+            raise JobNotCancellable(f"job {record.id} is {record.state}")
 
-        constant = _constant(record.id, record.kind, record.target, record.created, record.uid, "")
+        constant = _constant(record, background=False, client_id="")
         values = constant | _NOTHING_YET
         values |= {
             "State": str(record.state),
@@ -104,6 +116,7 @@ _NOTHING_YET: Final[dict[str, Any]] = {
     "Eta": 0,
     "Message": "",
     "Cancellable": True,
+    "HoldReasons": [],
     "Started": 0,
     "Finished": 0,
     "Error": ["", ""],
@@ -111,15 +124,17 @@ _NOTHING_YET: Final[dict[str, Any]] = {
 }
 
 
-def _constant(number: int, kind: str, target: str, created: int, uid: int, client_id: str) -> dict[str, Any]:
-    initiator = {"uid": Variant("u", uid)} | ({"client-id": Variant("s", client_id)} if client_id else {})
+def _constant(record: JobRecord, *, background: bool, client_id: str) -> dict[str, Any]:
+    initiator = {"uid": Variant("u", record.uid)}
+    if client_id:
+        initiator["client-id"] = Variant("s", client_id)
     return {
-        "Id": number,
-        "Kind": kind,
-        "Background": False,
+        "Id": record.id,
+        "Kind": record.kind,
+        "Background": background,
         "Initiator": initiator,
-        "Target": target,
-        "Created": created,
+        "Target": record.target,
+        "Created": record.created,
     }
 
 
@@ -136,6 +151,7 @@ def _changing(job: Job) -> dict[str, Any]:
         "Eta": progress.eta,
         "Message": job.message,
         "Cancellable": job.cancellable,
+        "HoldReasons": list(job.hold_reasons),
         "Started": job.started,
         "Finished": job.finished,
         "Error": [str(failure.name), failure.message] if failure else ["", ""],

@@ -2,81 +2,70 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.names import API_VERSION, MANAGER_INTERFACE, ROOT_PATH
+from hostimage_dbus.names import MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.server import Export, Handler, ObjectServer
-from hostimaged import __version__
-from hostimaged.bus.options import parse_options
-from hostimaged.bus.status import to_variants
+from hostimaged.bus.authorization import Member
+from hostimaged.bus.options import check_string, parse_options
+from hostimaged.bus.unbuilt import refuse_unbuilt_format
 from hostimaged.errors import InvalidArgs
-from hostimaged.ids import SourceDigest
-from hostimaged.jobs.job import Initiator
-from hostimaged.jobs.operations import Pull
-from hostimaged.oci.reference import ImageReference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from hostimage_dbus.transport import MethodCall
-    from hostimaged.bus.callers import Callers
-    from hostimaged.bus.status import Problem, StatusCache
-    from hostimaged.config import Settings
-    from hostimaged.jobs.history import History, JobRecord
+    from hostimaged.bus.deployments import DeploymentObjects
+    from hostimaged.bus.model import Model
+    from hostimaged.bus.status import StatusCache
+    from hostimaged.jobs.history import JobRecord
     from hostimaged.jobs.job import Job
     from hostimaged.jobs.queue import JobQueue
 
-#: What the daemon is doing while a job of this kind runs (property State).
-_STATES: Final = {"pull": "pulling"}
+#: Methods that everybody may call are answered here, all others behind the gate.
+_OPEN: Final = (Member.GET_STATUS, Member.GET_DEPLOYMENT, Member.LIST_IMAGES, Member.LIST_JOBS)
+_MAX_NAME: Final = 128
 
 
 class Manager:
-    """Answers the Manager's calls and keeps its properties true.
-
-    ``problems`` gives what is wrong with the daemon itself; what scans find is added.
-    """
+    """Answers the Manager's calls and keeps its properties true; ``guarded`` answers what is not open."""
 
     def __init__(
         self,
         server: ObjectServer,
-        callers: Callers,
+        model: Model,
         queue: JobQueue,
         status: StatusCache,
-        history: History,
-        settings: Settings,
-        boot_id: str,
-        problems: Callable[[], list[Problem]],
+        deployments: DeploymentObjects,
+        guarded: Callable[[Member, MethodCall], Awaitable[Sequence[Any]]],
     ) -> None:
         self._server = server
-        self._callers = callers
+        self._model = model
         self._queue = queue
         self._status = status
-        self._history = history
-        self._settings = settings
-        self._boot_id = boot_id
-        self._own_problems = problems
-        self._document: str | None = None
+        self._deployments = deployments
+        self._guarded = guarded
 
     def export(self) -> None:
         """Put the object on the bus."""
-        constant = {"Version": __version__, "ApiVersion": API_VERSION, "BootId": self._boot_id}
+        interface = self._server.interfaces[MANAGER_INTERFACE]
         methods: dict[str, Handler] = {
+            name: partial(self._answer, Member(name)) for name in interface.methods if name not in _OPEN
+        }
+        methods |= {
             "GetStatus": self._get_status,
+            "GetDeployment": self._get_deployment,
             "ListImages": self._list_images,
             "ListJobs": self._list_jobs,
-            "Pull": self._pull,
         }
-        interface = self._server.interfaces[MANAGER_INTERFACE]
-        self._server.export(ROOT_PATH, Export(interface, constant | self._changing(), methods))
+        values = self._model.constant() | self._model.changing()
+        self._server.export(ROOT_PATH, Export(interface, values, methods))
 
     def refresh(self) -> None:
         """Announce what changed, in one signal."""
-        self.forget_document()
-        self._server.change(ROOT_PATH, MANAGER_INTERFACE, self._changing())
-
-    def forget_document(self) -> None:
-        """Something in the status document changed."""
-        self._document = None
+        self._model.changed()
+        self._server.change(ROOT_PATH, MANAGER_INTERFACE, self._model.changing())
 
     def job_new(self, job: Job) -> None:
         """Announce a new job."""
@@ -97,91 +86,26 @@ class Manager:
             failure.message if failure else "",
         )
 
-    # methods
+    async def _answer(self, member: Member, call: MethodCall) -> Sequence[Any]:
+        return await self._guarded(member, call)
 
     def _get_status(self, call: MethodCall) -> Sequence[Any]:
         form, options = call.body
-        parse_options("GetStatus", options)
+        parse_options(Member.GET_STATUS, options)
+        refuse_unbuilt_format(form)
         if form != "native":
             raise InvalidArgs(f"there is no status format {form[:32]!a}")
-        if self._document is None:
-            self._document = self._status.document(
-                daemon={"version": __version__, "bootId": self._boot_id, "state": self._state()},
-                tracked_image=self._settings.tracked_image,
-                jobs=self._queue.jobs,
-                results=self._history.results,
-                problems=self._problems(),
-            )
-        return [self._document]
+        return [self._model.document()]
+
+    def _get_deployment(self, call: MethodCall) -> Sequence[Any]:
+        name, options = call.body
+        parse_options(Member.GET_DEPLOYMENT, options)
+        check_string("the id", name, _MAX_NAME)
+        return [self._deployments.find(name)]
 
     def _list_images(self, call: MethodCall) -> Sequence[Any]:
-        parse_options("ListImages", call.body[0])
+        parse_options(Member.LIST_IMAGES, call.body[0])
         return [self._status.image_rows]
 
     def _list_jobs(self, _call: MethodCall) -> Sequence[Any]:
         return [[[job.id, job.kind, str(job.state), job.path] for job in self._queue.jobs]]
-
-    async def _pull(self, call: MethodCall) -> Sequence[Any]:
-        image, given = call.body
-        options = parse_options("Pull", given)
-        if not image and not self._settings.tracked_image:
-            raise InvalidArgs("no image is named, and tracked-image is not set")
-        reference = ImageReference.parse(image or self._settings.tracked_image)
-        expected = options.get("expect-digest")
-        operation = Pull(
-            reference=str(reference),
-            expect_digest=None if expected is None else str(SourceDigest(expected)),
-            verity=self._settings.verity,
-            lock_timeout=self._settings.lock_timeout,
-        )
-        async with self._callers.privileged(call) as uid:
-            job = await self._queue.submit(
-                operation,
-                Initiator(uid, options.get("client-id", "")),
-                queue=options.get("queue", True),
-            )
-        return [job.path]
-
-    # properties
-
-    def _state(self) -> str:
-        active = self._queue.active
-        return _STATES[active.kind] if active else "idle"
-
-    def _problems(self) -> list[Problem]:
-        return [*self._own_problems(), *self._status.findings.problems]
-
-    def _changing(self) -> dict[str, Any]:
-        active = self._queue.active
-        repository = self._status.findings.repository
-        return {
-            "State": self._state(),
-            "ActiveJob": active.path if active else "/",
-            "QueuedJobs": [job.path for job in self._queue.waiting],
-            "TrackedImage": self._settings.tracked_image,
-            "LastFailure": _last_failure(self._history.results),
-            "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
-            "RepositorySize": [repository.used if repository else 0, 0],
-        }
-
-
-def _last_failure(results: Sequence[JobRecord]) -> dict[str, Any]:
-    """The last failure that no success of its kind followed, among the results that are remembered."""
-    last: JobRecord | None = None
-    for record in results:
-        if record.state == "failed":
-            last = record
-        elif record.state == "done" and last is not None and last.kind == record.kind:
-            last = None
-    if last is None:
-        return {}
-    return to_variants(
-        {
-            "job": last.id,
-            "kind": last.kind,
-            "target": last.target,
-            "error": last.error,
-            "message": last.message,
-            "time": last.finished,
-        }
-    )

@@ -338,4 +338,7 @@ def _judge(question: _Question, verdict: _Verdict) -> None:
     if verdict is _Verdict.CHALLENGE:
         missing = ", and no authentication agent can ask for it" if question.interactive else ""
         raise AuthorizationRequired(f"authentication is required{missing}: {question.action}")
+    if verdict is _Verdict.DENIED and question.interactive:
+        # polkit does not tell a wrong password from a rule that says no.
+        raise AccessDenied(f"the system's policy forbids it, or the authentication failed: {question.action}")
     raise AccessDenied(_REASONS[verdict].format(action=question.action))

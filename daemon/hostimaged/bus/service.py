@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -10,25 +12,33 @@ from hostimage_dbus.names import ROOT_PATH, job_path
 from hostimage_dbus.server import ObjectServer
 from hostimage_dbus.transport import BusError
 from hostimaged.bus.callers import Callers
+from hostimaged.bus.deployments import DeploymentObjects
+from hostimaged.bus.gate import Gate
+from hostimaged.bus.guarded import GuardedMethods
 from hostimaged.bus.jobs import LINGER, JobObjects
+from hostimaged.bus.logcontrol import LogControl
 from hostimaged.bus.manager import Manager
-from hostimaged.bus.status import Problem, StatusCache
-from hostimaged.errors import HostimageError, InvalidReference
+from hostimaged.bus.model import Model
+from hostimaged.bus.polkit import Authority
+from hostimaged.bus.status import StatusCache
+from hostimaged.errors import HostimageError
 from hostimaged.jobs.history import JobRecord
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
-from hostimaged.oci.reference import ImageReference
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Mapping, Sequence
 
     from hostimage_dbus.introspection import Interface
-    from hostimage_dbus.transport import Connection
+    from hostimage_dbus.transport import Connection, MethodCall
+    from hostimaged.bus.authorization import Member
+    from hostimaged.bus.holds import Holds
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
     from hostimaged.jobs.job import Job
     from hostimaged.jobs.operations import Operation
+    from hostimaged.system.notify import Notifier
+    from hostimaged.system.paths import HostPaths
 
 _logger = structlog.get_logger("hostimaged.bus")
 
@@ -36,8 +46,8 @@ _logger = structlog.get_logger("hostimaged.bus")
 class Service:
     """Serves ``connection`` until ``stop``; all its tasks belong to ``tasks``.
 
-    ``history`` is loaded already. ``linger``: seconds a job that ended stays readable. ``tell`` gets a line
-    for people about what the service does.
+    ``history`` and ``holds`` are loaded already. ``load_settings`` reads the settings again, and may block.
+    ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
     """
 
     def __init__(
@@ -46,58 +56,92 @@ class Service:
         tasks: asyncio.TaskGroup,
         *,
         interfaces: Mapping[str, Interface],
+        paths: HostPaths,
         settings: Settings,
         settings_problems: Sequence[SettingsProblem],
+        load_settings: Callable[[], tuple[Settings, list[SettingsProblem]]],
         history: History,
+        holds: Holds,
         boot_id: str,
         workers: WorkerSettings,
+        notifier: Notifier,
         linger: float = LINGER,
-        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._tasks = tasks
-        self._tell = tell
+        self._notifier = notifier
         self._workers = workers
         self._history = history
-        self._problems = list(_problems(settings, settings_problems, history))
+        self._holds = holds
+        self._load_settings = load_settings
+        self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
-        callers = Callers(connection)
-        self._status = StatusCache(self._worker, self._status_changed)
+        authority = Authority(connection, tasks, own_uid=os.geteuid())
+        gate = Gate(Callers(connection, tasks), authority, paths)
+        self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
-        self._jobs = JobObjects(self._server, callers, linger=linger)
-        self._manager = Manager(
-            self._server,
-            callers,
-            self._queue,
-            self._status,
-            history,
-            settings,
-            boot_id,
-            lambda: self._problems,
+        self._deployments = DeploymentObjects(self._server, self._guarded)
+        self._model = Model(
+            queue=self._queue,
+            status=self._status,
+            history=history,
+            holds=holds,
+            deployments=self._deployments,
+            boot_id=boot_id,
+            settings=settings,
+            settings_problems=settings_problems,
         )
+        self._methods = GuardedMethods(gate, self._model, self._queue, holds, self._reload)
+        self._jobs = JobObjects(self._server, gate, linger=linger)
+        self._log_control = LogControl(self._server, gate, settings.log_level)
+        self._manager = Manager(
+            self._server, self._model, self._queue, self._status, self._deployments, self._guarded
+        )
+        holds.changed = self._hold_changed
 
     def start(self) -> None:
         """Answer calls, tell the fate of jobs that an earlier daemon left, and scan the host."""
         self._manager.export()
+        self._log_control.export()
         self._server.start()
         for record in self._history.orphans:
             _logger.warning("job.orphaned", id=record.id, kind=record.kind)
             self._jobs.add_ended(record)
             self._manager.job_removed(record, job_path(record.id))
+        self._queue.hold(self._holds.reasons)
+        self._holds.start()
         self._tasks.create_task(self._queue.save())
-        self._lane = self._tasks.create_task(self._queue.run())
+        self._lanes = self._tasks.create_task(self._queue.run())
         self._scan = self._tasks.create_task(self._status.refresh())
 
     async def stop(self) -> None:
         """Cancel all jobs, and wait until their ends are announced."""
         self._scan.cancel()
+        self._holds.close()
         await self._queue.stop()
-        await self._lane
+        await self._lanes
         self._jobs.close()
 
     def _worker(self, operation: Operation) -> Worker:
         return Worker(self._workers, operation)
 
-    def _status_changed(self) -> None:
+    async def _guarded(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
+        return await self._methods.answer(member, call, deployment)
+
+    async def _reload(self) -> None:
+        async with self._reloading:
+            self._notifier.reloading()
+            settings, problems = await asyncio.to_thread(self._load_settings)
+            self._model.take_settings(settings, problems)
+            self._log_control.set(settings.log_level)
+            self._manager.refresh()
+            self._notifier.ready("settings were read again")
+
+    def _hold_changed(self) -> None:
+        self._queue.hold(self._holds.reasons)
+        self._manager.refresh()
+
+    def _changed(self) -> None:
+        self._deployments.update(self._status.findings.deployments)
         self._manager.refresh()
 
     # hostimaged.jobs.queue.Observer
@@ -112,34 +156,22 @@ class Service:
         """Announce a change of a job, and of the Manager where there is one."""
         self._jobs.change(job, only_progress=only_progress)
         if only_progress:
-            self._manager.forget_document()
+            self._model.changed()
         else:
             self._manager.refresh()
-            self._tell(f"{job.kind} {job.target}: {job.state}")
+            self._notifier.status(f"{job.kind} {job.target}: {job.state}")
 
     def job_finished(self, job: Job) -> None:
         """Announce the end of a job: Manager, job, and last JobRemoved, so that who waits finds all done."""
+        self._model.updates.job_ended(job, self._model.tracked)
         self._manager.refresh()
         self._jobs.change(job)
         self._manager.job_removed(JobRecord.of(job), job.path)
         self._jobs.ended(job)
         if self._queue.active is None:
-            self._tell("idle")
+            self._notifier.status("idle")
 
 
 def translate(error: Exception) -> BusError | None:
     """The error for a caller; None for one that is not ours."""
     return BusError(error.name, error.message) if isinstance(error, HostimageError) else None
-
-
-def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:
-    problems = [Problem(id="settings", severity="warning", text=f"{p.file}: {p.text}") for p in found]
-    if settings.tracked_image:
-        try:
-            ImageReference.parse(settings.tracked_image)
-        except InvalidReference as error:
-            text = f"tracked-image: {error.message}"
-            problems.append(Problem(id="settings", severity="error", text=text))
-    if history.problem:
-        problems.append(Problem(id="jobs", severity="warning", text=history.problem))
-    return problems

@@ -6,13 +6,14 @@ Reading it does no work: scans are done by workers, and their findings are check
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from hostimage_dbus.names import API_VERSION
 from hostimage_dbus.transport import Variant
+from hostimaged.bus.findings import Findings, Problem
 from hostimaged.jobs.events import StatusEvent
 from hostimaged.jobs.operations import Scan
 
@@ -28,59 +29,6 @@ if TYPE_CHECKING:
 SCHEMA: Final = 1
 
 _logger = structlog.get_logger("hostimaged.bus")
-
-_Size = Annotated[int, Field(ge=0, lt=1 << 53)]
-
-
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class _Found(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens, populate_by_name=True)
-
-
-class ImageRow(_Found):
-    """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
-
-    tag: str | None = None
-    manifest_digest: str | None = None
-    config_digest: str | None = None
-    reference: str | None = None
-    source_digest: str | None = None
-    pulled: _Size | None = None
-    version: str | None = None
-    size: _Size | None = None
-    image_ids: list[str] | None = None
-    artifact: bool = False
-    deployed: bool = False
-    problem: str | None = None
-
-
-class RepositoryRow(_Found):
-    """The repository; ``used`` is in bytes."""
-
-    algorithm: str
-    formats: list[str]
-    secure: bool
-    used: _Size
-
-
-class Problem(_Found):
-    """Something wrong on this host."""
-
-    id: str
-    severity: Literal["error", "warning"] = "error"
-    text: str
-
-
-class Findings(_Found):
-    """What a scan found (``hostimaged.oci.scan``)."""
-
-    repository: RepositoryRow | None = None
-    images: list[ImageRow] = Field(default_factory=list)
-    problems: list[Problem] = Field(default_factory=list)
-
 
 _SIGNATURES: Final[dict[type, str]] = {str: "s", bool: "b", int: "t", list: "as"}
 
@@ -152,6 +100,8 @@ class StatusCache:
         jobs: Iterable[Job],
         results: Iterable[JobRecord],
         problems: Sequence[Problem],
+        update: dict[str, Any],
+        holds: Sequence[dict[str, Any]],
     ) -> str:
         """The native status document (``status.schema.json``)."""
         repository = self.findings.repository
@@ -162,7 +112,9 @@ class StatusCache:
                 "repository": repository.model_dump() if repository else None,
                 "trackedImage": tracked_image,
                 "images": self._image_documents,
-                "deployments": [],
+                "deployments": [row.model_dump(by_alias=True) for row in self.findings.deployments],
+                "update": update or None,
+                "holds": list(holds),
                 "jobs": [job_document(job) for job in jobs],
                 "results": [result_document(record) for record in results],
                 "problems": [problem.model_dump() for problem in problems],
@@ -179,6 +131,8 @@ def job_document(job: Job) -> dict[str, Any]:
         "kind": job.kind,
         "state": str(job.state),
         "target": job.target,
+        "background": job.terms.background,
+        "holdReasons": list(job.hold_reasons),
         "phase": str(job.phase or ""),
         "progress": progress.fraction if progress.fraction >= 0 else None,
         "bytesDone": progress.done,

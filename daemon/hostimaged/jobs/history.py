@@ -1,9 +1,10 @@
 """What is remembered of jobs over restarts of the daemon: ``jobs.json`` in the run directory.
 
-    {"version": 1, "boot_id": …, "next_id": N, "active": [record…], "results": [record…]}
+    {"version": 1, "boot_id": …, "next_id": N, "active": [record…], "results": [record…], "untold": [id…]}
 
-``active`` are jobs that wait or run, ``results`` the last ones that ended, the newest last. The file belongs
-to one boot: ids start again with the next one. Everything here that touches the file blocks.
+``active`` are jobs that wait or run, ``results`` the last ones that ended, the newest last, and ``untold``
+those of them whose end was not announced yet: it is written down first, so that no crash loses it. The file
+belongs to one boot: ids start again with the next one. Everything here that touches the file blocks.
 """
 
 from __future__ import annotations
@@ -91,10 +92,15 @@ class _File(BaseModel):
     next_id: int = Field(default=1, ge=1, lt=1 << 62)
     active: list[JobRecord] = Field(default_factory=list, max_length=1000)
     results: list[JobRecord] = Field(default_factory=list, max_length=1000)
+    untold: list[int] = Field(default_factory=list, max_length=1000)
 
 
 class History:
-    """The content of the file in memory. ``orphans`` are jobs that an earlier daemon left behind."""
+    """The content of the file in memory.
+
+    ``orphans`` are jobs of an earlier daemon whose end is still to be announced: those that ended and it
+    could not say so any more, and those that failed with it.
+    """
 
     def __init__(self, path: Path, boot_id: str) -> None:
         self._path = path
@@ -103,6 +109,7 @@ class History:
         self.results: list[JobRecord] = []
         self.orphans: list[JobRecord] = []
         self.problem = ""
+        self._untold: set[int] = set()
 
     def load(self) -> None:
         """Read the file; one of another boot counts as missing, a damaged one is told in ``problem``."""
@@ -118,9 +125,10 @@ class History:
         if content.boot_id != self._boot_id:
             return
         self._next_id = content.next_id
-        self.orphans = [record.interrupted() for record in content.active]
-        for record in (*content.results, *self.orphans):
+        interrupted = [record.interrupted() for record in content.active]
+        for record in (*content.results, *interrupted):
             self._remember(record)
+        self.orphans = [r for r in content.results if r.id in content.untold] + interrupted
 
     def allot(self) -> int:
         """A new job id. It is used only after a ``save`` of what ``snapshot`` gave afterwards."""
@@ -128,10 +136,15 @@ class History:
         return number
 
     def add_result(self, job: Job) -> None:
-        """Remember how ``job`` ended."""
+        """Remember how ``job`` ended, and that nobody was told, until ``told``."""
         if not job.state.finished:
             raise Internal
         self._remember(JobRecord.of(job))
+        self._untold.add(job.id)
+
+    def told(self, job: Job) -> None:
+        """The end of ``job`` was announced."""
+        self._untold.discard(job.id)
 
     def snapshot(self, active: list[Job]) -> bytes:
         """The file's content with ``active`` as the jobs that wait or run."""
@@ -140,6 +153,7 @@ class History:
             next_id=self._next_id,
             active=[JobRecord.of(job) for job in active],
             results=self.results,
+            untold=[record.id for record in self.results if record.id in self._untold],
         )
         return content.model_dump_json(indent=1).encode() + b"\n"
 

@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import JobState, Phase, job_path
-from hostimaged.errors import HostimageError, Internal
+from hostimaged.errors import HostimageError, Internal, LimitsExceeded
 from hostimaged.jobs.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hostimage_dbus.errors import ErrorName
     from hostimaged.jobs.operations import Operation
+
+#: Programs of one user that may wait for one job: as many as connections may have calls under way.
+JOINERS_PER_UID: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Initiator:
-    """Who asked for a job: uid as the bus knows it, and the name the caller gave itself."""
+    """Who asked for a job: uid and unique name as the bus knows them, and the name the caller gave itself."""
 
     uid: int
     client_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a job is to be run, besides what it does.
+
+    ``background``: nobody waits for it, so that it obeys holds and gives way to users. The others: holds
+    that do not count for it.
+    """
+
+    background: bool = False
+    allow_metered: bool = False
+    allow_on_battery: bool = False
+
+    def __or__(self, other: Terms) -> Terms:
+        """What satisfies those who asked for either."""
+        return Terms(
+            background=self.background and other.background,
+            allow_metered=self.allow_metered or other.allow_metered,
+            allow_on_battery=self.allow_on_battery or other.allow_on_battery,
+        )
+
+    def obeyed(self, holds: Sequence[str]) -> tuple[str, ...]:
+        """Those of ``holds`` that hold such a job."""
+        if not self.background:
+            return ()
+        ignored = {"metered": self.allow_metered, "battery": self.allow_on_battery}
+        return tuple(hold for hold in holds if not ignored.get(hold, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +77,21 @@ def now_usec() -> int:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One job. Times are microseconds since the epoch, 0 for not yet."""
+    """One job. Times are microseconds since the epoch, 0 for not yet.
+
+    ``joiners``: who asked for it and has not withdrawn, as unique names by uid. ``background``: how it was
+    started; ``terms`` change with who joins. ``rank``: its place among those that wait.
+    """
 
     id: int
     operation: Operation
     initiator: Initiator
+    terms: Terms = field(default_factory=Terms)
+    rank: int = 0
+    joiners: dict[int, set[str]] = field(default_factory=dict)
+    hold_reasons: tuple[str, ...] = ()
+    preempted: bool = False
+    background: bool = field(init=False)
     created: int = field(default_factory=now_usec)
     state: JobState = JobState.QUEUED
     phase: Phase | None = None
@@ -57,6 +101,10 @@ class Job:
     finished: int = 0
     failure: Failure | None = None
     result: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.background = self.terms.background
+        self.joiners.setdefault(self.initiator.uid, set()).add(self.initiator.name)
 
     @property
     def path(self) -> str:
@@ -83,6 +131,44 @@ class Job:
         self.state = JobState.RUNNING
         self.started = now_usec()
         self.progress = Progress(time.monotonic())
+
+    def requeue(self) -> None:
+        """It waits again."""
+        self.state = JobState.QUEUED
+        self.started = 0
+        self.phase = None
+        self.preempted = False
+        self.progress = Progress(time.monotonic())
+
+    def hold(self, reasons: tuple[str, ...]) -> bool:
+        """It waits, and is held for ``reasons`` if there are any; tells whether that is new."""
+        if reasons == self.hold_reasons:
+            return False
+        self.hold_reasons = reasons
+        self.state = JobState.HELD if reasons else JobState.QUEUED
+        return True
+
+    def join(self, who: Initiator, terms: Terms) -> None:
+        """Let ``who`` ask for it as well; raises ``LimitsExceeded`` if too many of their programs do."""
+        names = self.joiners.setdefault(who.uid, set())
+        if len(names) >= JOINERS_PER_UID and who.name not in names:
+            raise LimitsExceeded("too many programs of this user wait for the same job")
+        names.add(who.name)
+        self.terms |= terms
+
+    def asked_by(self, uid: int) -> bool:
+        """Whether the user asked for it, and has not withdrawn."""
+        return uid in self.joiners
+
+    def withdraw(self, uid: int, name: str) -> None:
+        """The program ``name`` does not ask for it any more; if it never did, no program of its user does."""
+        names = self.joiners.get(uid, set())
+        if name in names:
+            names.remove(name)
+        else:
+            names.clear()
+        if not names:
+            self.joiners.pop(uid, None)
 
     def finish(self, state: JobState, failure: Failure | None = None) -> None:
         """It ended; nothing changes any more."""

@@ -16,7 +16,7 @@ from hostimaged.oci.reference import MAX_LENGTH, ImageReference, Transport
 from hostimaged.system.syscalls import Capability
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
 #: An order is a few strings.
 MAX_ORDER: Final = 64 << 10
@@ -57,8 +57,15 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
 class _Operation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: Whether the job lock is held for the whole operation.
+    #: Whether the job lock is held for the whole operation, and only one such job runs.
     mutating: ClassVar[bool] = True
+    #: Whether a background job of this kind is stopped, and queued again, for any job of a user.
+    gives_way: ClassVar[bool] = False
+
+    @property
+    def identity(self) -> Hashable:
+        """What makes two requests ask for the same thing; settings of the daemon do not."""
+        return self
 
 
 class Pull(_Operation):
@@ -71,6 +78,11 @@ class Pull(_Operation):
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.reference, self.expect_digest)
+
+    @property
     def target(self) -> str:
         """What the job works on, for people."""
         return self.reference
@@ -78,8 +90,33 @@ class Pull(_Operation):
     @property
     def profile(self) -> Profile:
         """Privileges that the operation needs."""
-        transport = ImageReference.parse(self.reference).transport
-        return Profile.PULL_STORAGE if transport is Transport.CONTAINERS_STORAGE else Profile.PULL
+        return _fetching(self.reference)
+
+
+class Check(_Operation):
+    """Find out what ``reference`` is at its source now, and how much of it is missing; changes nothing."""
+
+    mutating = False
+    gives_way = True
+
+    kind: Literal["check"] = "check"
+    reference: str = Field(max_length=MAX_LENGTH)
+    lock_timeout: float = 0.0
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.reference)
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return self.reference
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return _fetching(self.reference)
 
 
 class Scan(_Operation):
@@ -101,7 +138,12 @@ class Scan(_Operation):
         return Profile.SCAN
 
 
-Operation = Annotated[Pull | Scan, Field(discriminator="kind")]
+def _fetching(reference: str) -> Profile:
+    transport = ImageReference.parse(reference).transport
+    return Profile.PULL_STORAGE if transport is Transport.CONTAINERS_STORAGE else Profile.PULL
+
+
+Operation = Annotated[Check | Pull | Scan, Field(discriminator="kind")]
 
 
 class Order(_Operation):

@@ -1,20 +1,19 @@
-"""The job queue: who runs when, what becomes of it, and who is told.
+"""The job queue: accepts and joins requests, runs jobs in their lanes, ends them, and tells of it.
 
-A *lane* runs its jobs one after the other, first come first served. There is one, for mutating jobs.
+The order in which they run is the business of ``hostimaged.jobs.lanes``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState
-from hostimaged.errors import Busy, Cancelled, Internal, JobNotCancellable, LimitsExceeded
+from hostimaged.errors import Busy, Cancelled, Held, Internal, JobNotCancellable, LimitsExceeded
 from hostimaged.jobs.events import (
     BytesEvent,
     Event,
@@ -24,18 +23,21 @@ from hostimaged.jobs.events import (
     StatusEvent,
     TotalsEvent,
 )
-from hostimaged.jobs.job import Failure, Initiator, Job
+from hostimaged.jobs.job import Failure, Initiator, Job, Terms
+from hostimaged.jobs.lanes import Lanes
 from hostimaged.jobs.process import Outcome, Worker
 from hostimaged.jobs.progress import INTERVAL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hostimaged.jobs.history import History
     from hostimaged.jobs.operations import Operation
 
-#: Jobs of one user that may wait.
+#: Jobs that may wait: of one user, and of all users together. The job file has room for many more.
 QUEUED_PER_UID: Final = 8
+QUEUED_IN_ALL: Final = 64
+_USUAL: Final = Terms()
 
 _logger = structlog.get_logger("hostimaged.jobs")
 
@@ -67,7 +69,7 @@ class StatusKeeper(Protocol):
 
 
 class JobQueue:
-    """All jobs that wait or run. ``run`` is the lane's task; the other methods are for its loop only.
+    """All jobs that wait or run. ``run`` is the task that runs them; all else is for its loop only.
 
     ``start_worker`` makes the worker of a job.
     """
@@ -83,10 +85,10 @@ class JobQueue:
         self._observer = observer
         self._status = status
         self._start_worker = start_worker
-        self._waiting: deque[Job] = deque()
-        self._active: Job | None = None
+        self._lanes = Lanes()
+        self._workers: dict[int, Worker] = {}
         self._entering: Job | None = None
-        self._worker: Worker | None = None
+        self._holds: tuple[str, ...] = ()
         self._wake = asyncio.Event()
         self._submitting = asyncio.Lock()
         self._saving = asyncio.Lock()
@@ -94,85 +96,146 @@ class JobQueue:
 
     @property
     def active(self) -> Job | None:
-        """The job that runs."""
-        return self._active
+        """The job that runs; of several, one that changes something."""
+        return next((job for job in self._lanes.running if not job.state.finished), None)
 
     @property
     def waiting(self) -> tuple[Job, ...]:
-        """The jobs that wait, the next one first."""
-        return tuple(self._waiting)
+        """The jobs that wait, in the order in which they would start."""
+        return tuple(job for job in self._lanes.waiting if not job.state.finished)
 
     @property
     def jobs(self) -> list[Job]:
-        """The job that runs, then those that wait."""
-        return [*([self._active] if self._active else []), *self._waiting]
+        """The jobs that run or wait: those that change something, then the readers."""
+        return [job for job in self._lanes.jobs if not job.state.finished]
 
-    async def submit(self, operation: Operation, initiator: Initiator, *, queue: bool = True) -> Job:
-        """Accept a job: it is written down, then announced, then run when its turn comes.
+    async def submit(
+        self,
+        operation: Operation,
+        initiator: Initiator,
+        terms: Terms = _USUAL,
+        *,
+        queue: bool = True,
+        join: bool = True,
+    ) -> Job:
+        """The job that does ``operation``: an equal one that is there already if ``join``, else a new one.
 
-        Raises ``Busy`` if it would have to wait and ``queue`` is False, ``LimitsExceeded`` if too many jobs
-        of the same user wait.
+        A new job is written down, then announced, then run when its turn comes. What the caller's ``terms``
+        allow has been authorised. Raises ``Busy`` or ``Held`` if it would have to wait and ``queue`` is
+        False, ``LimitsExceeded`` if too many jobs wait.
         """
         async with self._submitting:
             if self._stopping:
                 raise Cancelled("the service is stopping")
-            if not queue and self.jobs:
+            if join and (equal := self._lanes.equal(operation.identity)) is not None:
+                self._join(equal, initiator, terms)
+                return equal
+            self._check_room(initiator.uid)
+            job = Job(0, operation, initiator, terms)
+            held = terms.obeyed(self._holds)
+            if not queue and held:
+                raise Held(f"background jobs are held ({', '.join(held)})")
+            if not queue and self._lanes.would_wait(job):
                 raise Busy("another job is running")
-            mine = sum(job.initiator.uid == initiator.uid for job in self._waiting)
-            if mine >= QUEUED_PER_UID:
-                raise LimitsExceeded(f"{mine} jobs of this user are waiting already")
-            job = self._entering = Job(self._history.allot(), operation, initiator)
+            job.id = self._history.allot()
+            self._entering = job
             try:
                 await self.save()
             finally:
                 self._entering = None
-            self._waiting.append(job)
+            job.hold(terms.obeyed(self._holds))
+            self._lanes.add(job)
             _logger.info("job.new", id=job.id, kind=job.kind, target=job.target, uid=initiator.uid)
             self._observer.job_added(job)
-            self._wake.set()
+            self._reconsider()
             return job
+
+    def _check_room(self, uid: int) -> None:
+        if (mine := self._lanes.count(uid)) >= QUEUED_PER_UID:
+            raise LimitsExceeded(f"{mine} jobs of this user are waiting already")
+        if uid != 0 and len(self._lanes.waiting) >= QUEUED_IN_ALL:
+            raise LimitsExceeded(f"{QUEUED_IN_ALL} jobs are waiting already")
+
+    def _join(self, job: Job, who: Initiator, terms: Terms) -> None:
+        was_background = job.terms.background
+        job.join(who, terms)
+        _logger.info("job.joined", id=job.id, uid=who.uid)
+        if was_background and not job.terms.background:
+            self._lanes.move_back(job)
+        if self._lanes.is_waiting(job):
+            job.hold(job.terms.obeyed(self._holds))
+        self._observer.job_changed(job, only_progress=False)
+        self._reconsider()
+
+    def hold(self, reasons: Sequence[str]) -> None:
+        """From now on background jobs do not start, for ``reasons``; none: they do."""
+        self._holds = tuple(reasons)
+        for job in self._lanes.waiting:
+            if job.hold(job.terms.obeyed(self._holds)):
+                self._observer.job_changed(job, only_progress=False)
+        self._reconsider()
+
+    def _reconsider(self) -> None:
+        """Have what is in the way of users stop, and start what can."""
+        for job in self._lanes.in_the_way():
+            if job.state is JobState.RUNNING and not job.preempted and job.id in self._workers:
+                _logger.info("job.preempt", id=job.id)
+                job.preempted = True
+                self._workers[job.id].cancel()
+        self._wake.set()
+
+    async def withdraw(self, job: Job, uid: int, name: str) -> None:
+        """A program does not want ``job`` any more: stop it if nobody else does.
+
+        Raises ``JobNotCancellable`` as ``cancel`` does.
+        """
+        _check_cancellable(job)
+        job.withdraw(uid, name)
+        _logger.info("job.withdrawn", id=job.id, uid=uid)
+        if not job.joiners:
+            await self.cancel(job)
 
     async def cancel(self, job: Job) -> None:
         """Stop ``job``: one that waits ends at once, one that runs soon.
 
         Raises ``JobNotCancellable`` if it has ended or cannot be stopped any more.
         """
-        if not job.cancellable:
-            raise JobNotCancellable(f"job {job.id} is {job.state}")
+        _check_cancellable(job)
         if job.state is JobState.CANCELLING:
             return
         _logger.info("job.cancel", id=job.id, state=str(job.state))
+        job.hold_reasons = ()
         job.state = JobState.CANCELLING
         self._observer.job_changed(job, only_progress=False)
-        if job in self._waiting:
-            self._waiting.remove(job)
+        if self._lanes.is_waiting(job):
             await self._finish(job, Outcome(failure=Failure.of(Cancelled())))
-        elif self._worker is not None:
-            self._worker.cancel()
+        elif job.id in self._workers:
+            self._workers[job.id].cancel()
 
     async def run(self) -> None:
-        """Run jobs, until ``stop``; if cancelled, a running worker is killed."""
-        while not self._stopping:
-            if self._waiting:
-                await self._run_one(self._waiting.popleft())
-            else:
+        """Run jobs, until ``stop``; if cancelled, running workers are killed."""
+        async with asyncio.TaskGroup() as tasks:
+            while not self._stopping:
+                while (job := self._lanes.start_next()) is not None:
+                    # Here, so that a cancellation finds it at once.
+                    self._workers[job.id] = self._start_worker(job.operation)
+                    tasks.create_task(self._run_one(job, self._workers[job.id]))
                 self._wake.clear()
                 await self._wake.wait()
 
     async def stop(self) -> None:
-        """Accept no more jobs and cancel all; ``run`` returns when the active one has ended."""
+        """Accept no more jobs and cancel all; ``run`` returns when those that run have ended."""
         self._stopping = True
         self._wake.set()
         for job in self.jobs:
             if job.cancellable:
                 await self.cancel(job)
 
-    async def _run_one(self, job: Job) -> None:
-        self._active = job
-        self._worker = worker = self._start_worker(job.operation)
-        job.start()
-        _logger.info("job.start", id=job.id)
-        self._observer.job_changed(job, only_progress=False)
+    async def _run_one(self, job: Job, worker: Worker) -> None:
+        if job.state is JobState.QUEUED:
+            job.start()
+            _logger.info("job.start", id=job.id)
+            self._observer.job_changed(job, only_progress=False)
         scanned = False
 
         def on_event(event: Event) -> None:
@@ -192,24 +255,41 @@ class JobQueue:
             # A fault of ours costs this job, not the daemon.
             _logger.exception("job.fault", id=job.id)
             outcome = Outcome(failure=Failure.of(Internal()))
-        self._worker = None
-        if not scanned:
+        del self._workers[job.id]
+        if self._gave_way(job, outcome):
+            return
+        if job.operation.mutating and not scanned:
             if job.state is JobState.RUNNING:
                 job.state = JobState.FINALIZING
                 self._observer.job_changed(job, only_progress=False)
             await self._status.refresh()
         await self._finish(job, outcome)
 
+    def _gave_way(self, job: Job, outcome: Outcome) -> bool:
+        """Queue a job again that was stopped for a user's, unless it was cancelled as well."""
+        stopped = outcome.failure is not None and outcome.failure.name is ErrorName.CANCELLED
+        if not (stopped and job.preempted and job.state is JobState.RUNNING):
+            return False
+        self._lanes.requeue(job)
+        job.requeue()
+        job.hold(job.terms.obeyed(self._holds))
+        self._observer.job_changed(job, only_progress=False)
+        self._wake.set()
+        return True
+
     async def _finish(self, job: Job, outcome: Outcome) -> None:
         state, failure = _end_state(outcome.failure), outcome.failure
         job.result = outcome.result
         job.finish(state, failure)
         self._history.add_result(job)
-        if job is self._active:
-            self._active = None
         await self.save()
         _logger.info("job.end", id=job.id, state=str(state), error=str(failure.name) if failure else "")
+        # Only now, so that the next one starts when the end of this one is known.
+        self._lanes.remove(job)
         self._observer.job_finished(job)
+        self._wake.set()
+        self._history.told(job)
+        await self.save()
 
     def _take(self, job: Job, event: Event) -> None:
         """Take in an event; numbers are announced by the ticker, everything else at once."""
@@ -245,6 +325,11 @@ class JobQueue:
                 await asyncio.to_thread(self._history.save, content)
             except OSError as error:
                 _logger.warning("history.save-failed", error=error.strerror)
+
+
+def _check_cancellable(job: Job) -> None:
+    if not job.cancellable:
+        raise JobNotCancellable(f"job {job.id} is {job.state}")
 
 
 def _end_state(failure: Failure | None) -> JobState:

@@ -35,6 +35,14 @@ def pull(paths: HostPaths, operation: operations.Pull, channel: Channel) -> dict
     return result.as_dict()
 
 
+def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> dict[str, Any]:
+    """Look for a newer image."""
+    from hostimaged.oci.check import check_image
+    from hostimaged.oci.reference import ImageReference
+
+    return check_image(paths, ImageReference.parse(operation.reference), channel).as_dict()
+
+
 def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
     """Read the state of the host."""
     from hostimaged.oci.scan import scan as scan_host

@@ -32,6 +32,7 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
+    "check": "hostimaged.jobs.work:check",
     "pull": "hostimaged.jobs.work:pull",
     "scan": "hostimaged.jobs.work:scan",
 }

@@ -117,9 +117,12 @@ class RetryingSource:
         tries = _Tries(self._budget, self._reporter)
         while True:
             try:
-                return work(self._usable())
+                answer = work(self._usable())
             except Unavailable as error:
                 tries.failed(error)
+            else:
+                tries.answered()
+                return answer
 
     def _transfers(self, descriptor: Descriptor) -> Generator[bytes, None, None]:
         tries = _Tries(self._budget, self._reporter)
@@ -172,9 +175,17 @@ class _Tries:
         self._reporter = reporter
         self._failures = 0
         self._fresh = 0
+        self._told = False
+
+    def answered(self) -> None:
+        """The last try did not fail: what was told of it is over."""
+        if self._told:
+            self._told = False
+            self._reporter.message("the registry answers again")
 
     def received(self, count: int) -> None:
         """The request brought so many new bytes."""
+        self.answered()
         self._fresh += count
         if self._fresh >= _HEADWAY:
             self._fresh = self._failures = 0
@@ -191,6 +202,7 @@ class _Tries:
         self._reporter.message(
             f"{error.message}; trying again in {pause:.0f} s ({self._failures} of {patience.tries - 1})"
         )
+        self._told = True
         end = time.monotonic() + pause
         while (left := end - time.monotonic()) > 0:
             self._reporter.at(PAUSING)

@@ -55,10 +55,12 @@ def open_image(
     reporter: Reporter,
     *,
     verify: bool,
+    look: bool = False,
     silence: float = SILENCE,
 ) -> SkopeoSource:
     """Open ``reference`` through skopeo; with ``verify`` a signature policy has to be enforced on it.
 
+    With ``look`` nothing is copied (``source.open_source``).
     ``work_dir``, ``reporter`` and the errors raised are those of ``source.open_source``; ``silence`` is the
     number of seconds without any sign of life after which ``Unavailable`` is raised.
     """
@@ -66,9 +68,9 @@ def open_image(
     try:
         enforced = not verify or source.version >= ENFORCING
         stored = reference.transport is Transport.CONTAINERS_STORAGE
-        if enforced:
+        if enforced or look:
             source.open(str(reference))
-        if stored or not enforced:
+        if not look and (stored or not enforced):
             # A store has its layers unpacked, under other digests than its manifests say: only copying makes
             # an image of it again.
             digest = source.manifest().source_digest if enforced else None

@@ -101,8 +101,13 @@ def open_source(
     work_dir: Path,
     reporter: Reporter,
     patience: Patience = DEFAULT_PATIENCE,
+    *,
+    look: bool = False,
 ) -> ImageSource:
     """Open ``reference``, by the way its transport and the signature policy allow.
+
+    With ``look`` only manifest and configuration are wanted, so nothing is copied; an old proxy, which does
+    not enforce the policy, is asked all the same, and the layers of containers-storage cannot be read.
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
     a thread that lives as long as the source is used: helper processes die with it. ``reporter.at`` is
@@ -131,6 +136,7 @@ def open_source(
         work_dir,
         reporter,
         verify=not required.accepts_anything,
+        look=look,
         silence=patience.silence,
     )
     if reference.transport is not Transport.DOCKER:

@@ -154,6 +154,11 @@ class HostPaths:
         """Job ids and running jobs, kept over restarts of the daemon within a boot."""
         return self.run_dir / "jobs.json"
 
+    @property
+    def holds_file(self) -> Path:
+        """The hold on background jobs, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "hold.json"
+
 
 def _auth_files(root: Path) -> tuple[Path, ...]:
     """The auth files bootc passes, most specific first."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.transport import BusError, Connection, Variant
+from hostimage_testing.polkit_double import POLICY as POLKIT
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
 HERE = Path(__file__).parent
@@ -48,6 +49,7 @@ _BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Confi
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
   </policy>
+  {polkit}
   <include>{policy}</include>
   {own_user}
 </busconfig>
@@ -81,6 +83,7 @@ def running_bus(directory: Path) -> Iterator[Bus]:
             socket=directory / "bus",
             abstract=abstract,
             policy=POLICY,
+            polkit=POLKIT,
             own_user=_OWN_USER.format(uid=uid) if uid else "",
         )
     )
@@ -170,6 +173,23 @@ class Daemon:
         assert self.process is not None
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
+    def cpu(self) -> float:
+        """Seconds of a processor used so far, by the daemon alone."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def settings(self, text: str) -> None:
+        """Write the settings file."""
+        (self.root / "etc").mkdir(parents=True, exist_ok=True)
+        (self.root / "etc/hostimaged.toml").write_text(text)
+
+    def findings(self, **found: Any) -> None:
+        """What the next scan of a scripted worker finds."""
+        (self.root / "sysroot").mkdir(parents=True, exist_ok=True)
+        nothing = {"repository": None, "images": [], "problems": []}
+        (self.root / "sysroot/findings.json").write_text(json.dumps(nothing | found))
+
     def script(self, name: str, *steps: dict[str, Any]) -> str:
         """A reference whose pull does ``steps``."""
         path = self.root.parent / name
@@ -220,16 +240,26 @@ class Client:
     def named(self, member: str, path: str | None = None) -> list[Signal]:
         return [s for s in self.signals if s.member == member and path in (None, s.path)]
 
-    async def manager(self, member: str, signature: str = "", *body: Any) -> Any:
+    async def manager(self, member: str, signature: str = "", *body: Any, interactive: bool = False) -> Any:
         reply = await self.connection.call(
-            BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, member, signature, body, timeout=PATIENCE
+            BUS_NAME,
+            ROOT_PATH,
+            MANAGER_INTERFACE,
+            member,
+            signature,
+            body,
+            timeout=PATIENCE,
+            interactive=interactive,
         )
         return reply[0] if len(reply) == 1 else reply
 
     async def pull(self, image: str, **options: Any) -> str:
-        types = {str: "s", bool: "b"}
-        given = {key.replace("_", "-"): Variant(types[type(v)], v) for key, v in options.items()}
-        path = await self.manager("Pull", "sa{sv}", image, given)
+        path = await self.manager("Pull", "sa{sv}", image, variants(options))
+        assert isinstance(path, str)
+        return path
+
+    async def check(self, image: str = "", **options: Any) -> str:
+        path = await self.manager("Check", "sa{sv}", image, variants(options))
         assert isinstance(path, str)
         return path
 
@@ -266,6 +296,12 @@ class Client:
 
     async def changed(self, path: str, interface: str, name: str, value: Any) -> None:
         await self.until(lambda: value in self.changes(path, interface, name))
+
+
+def variants(options: dict[str, Any]) -> dict[str, Variant]:
+    """Keyword arguments as an option dictionary."""
+    types = {str: "s", bool: "b"}
+    return {key.replace("_", "-"): Variant(types[type(v)], v) for key, v in options.items()}
 
 
 def plain(value: Any) -> Any:

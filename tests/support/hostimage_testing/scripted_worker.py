@@ -1,4 +1,4 @@
-"""A worker whose pull follows a script: the file that the reference ``dir:PATH`` names, a JSON list of steps.
+"""A worker whose pulls and checks follow a script: the file the reference ``dir:PATH`` names, a JSON list.
 
 Run as a program in place of ``hostimaged.jobs.worker``; everything around the work is the real thing.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from hostimaged import errors
 from hostimaged.jobs import worker
 from hostimaged.jobs.channel import Channel
-from hostimaged.jobs.operations import Pull, Scan
+from hostimaged.jobs.operations import Check, Pull, Scan
 from hostimaged.progress import Phase
 from hostimaged.system.paths import HostPaths
 
@@ -24,12 +24,21 @@ TICK = 0.005
 
 
 def pull(paths: HostPaths, operation: Pull, channel: Channel) -> dict[str, Any]:
+    """Follow the script, and scan."""
+    result = follow(operation.reference, channel)
+    scan(paths, Scan(), channel)
+    return result
+
+
+def check(_paths: HostPaths, operation: Check, channel: Channel) -> dict[str, Any]:
     """Follow the script."""
-    path = Path(operation.reference.removeprefix("dir:"))
-    for step in json.loads(path.read_text()):
+    return {"reference": operation.reference} | follow(operation.reference, channel)
+
+
+def follow(reference: str, channel: Channel) -> dict[str, Any]:
+    for step in json.loads(Path(reference.removeprefix("dir:")).read_text()):
         ((what, argument),) = step.items()
         if what == "result":
-            scan(paths, Scan(), channel)
             return argument
         perform(what, argument, channel)
     raise AssertionError("a script ends with a result")
@@ -43,6 +52,9 @@ def perform(what: str, argument: Any, channel: Channel) -> None:
         getattr(channel, what)(*argument)
     elif what == "phase":
         channel.phase(Phase(argument))
+    elif what == "pause":
+        channel.at("pausing")
+        time.sleep(argument)
     elif what == "wait":
         while not Path(argument).exists():
             channel.at("waiting")
@@ -95,4 +107,4 @@ def scan(paths: HostPaths, _operation: Scan, channel: Channel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker.main(work={"pull": "__main__:pull", "scan": "__main__:scan"}))
+    sys.exit(worker.main(work={"check": "__main__:check", "pull": "__main__:pull", "scan": "__main__:scan"}))

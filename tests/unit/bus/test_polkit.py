@@ -93,6 +93,8 @@ async def test_a_challenge_says_that_authentication_is_needed(details: dict[str,
     assert silent.value.message == "authentication is required: org.hostimage1.switch-image"
     with pytest.raises(AuthorizationRequired, match="no authentication agent"):
         await ask([[False, True, details]], interactive=True)
+    with pytest.raises(AccessDenied, match="or the authentication failed"):
+        await ask([[False, False, {}]], interactive=True)
 
 
 @pytest.mark.parametrize(

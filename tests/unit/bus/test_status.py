@@ -118,7 +118,9 @@ async def test_refresh_asks_a_worker(bench: Bench) -> None:
 
 def test_document_before_the_first_scan(bench: Bench) -> None:
     daemon = {"version": "1", "bootId": "", "state": "idle"}
-    text = bench.cache.document(daemon=daemon, tracked_image="", jobs=[], results=[], problems=[])
+    text = bench.cache.document(
+        daemon=daemon, tracked_image="", jobs=[], results=[], problems=[], update={}, holds=[]
+    )
     document = json.loads(text)
     assert document["repository"] is None
     assert document["daemon"] == daemon | {"apiVersion": 1}

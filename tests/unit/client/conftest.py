@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import json
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH, job_path
 from hostimage_dbus.transport import BusClosed, BusError, Variant
 from hostimagectl.output import Console
@@ -57,6 +57,11 @@ class FakeBus:
         self.errors: dict[str, BusError] = {}
         self.on_pull: Callable[[], Awaitable[None]] | None = None
         self.on_cancel: Callable[[str], None] | None = None
+        self.on_interactive: Callable[[str, bool], None] = lambda member, interactive: None
+        #: Whether others wait for the jobs too, so that Cancel is only their leaving.
+        self.shared = False
+        self.deployments: dict[str, str] = {}
+        self.properties: dict[str, dict[str, Variant]] = {}
         self.status: dict[str, Any] = {"results": []}
         self.images: list[dict[str, Variant]] = []
         self.next_id = 1
@@ -90,8 +95,12 @@ class FakeBus:
         assert destination == BUS_NAME
         if self.owner is None:
             raise BusError(DBUS + ".Error.ServiceUnknown", "The name is not activatable")
-        if path == ROOT_PATH:
-            return await self._manager_call(member, list(body), interactive)
+        if interface != DBUS + ".Properties":
+            self.on_interactive(member, interactive)
+        if path in self.properties:
+            return self._properties_call(path, member, list(body))
+        if path == ROOT_PATH or path in self.deployments.values():
+            return await self._method_call(member, list(body))
         return self._job_call(path, member)
 
     def _bus_call(self, member: str) -> list[Any]:
@@ -100,20 +109,33 @@ class FakeBus:
             raise BusError(DBUS + ".Error.NameHasNoOwner", "no such name")
         return [self.owner]
 
-    async def _manager_call(self, member: str, body: list[Any], interactive: bool) -> list[Any]:
-        if member == "Pull":
-            assert interactive
-            assert self.rules, "subscribe first"
-            path = self.add_job(Target=body[0])
-            if self.on_pull is not None:
-                await self.on_pull()
-            return [path]
+    def _properties_call(self, path: str, member: str, body: list[Any]) -> list[Any]:
+        if member == "GetAll":
+            return [self.properties[path]]
+        if member == "Get":
+            return [self.properties[path][body[1]]]
+        assert member == "Set"
+        self.properties[path][body[1]] = body[2]
+        return []
+
+    async def _method_call(self, member: str, body: list[Any]) -> list[Any]:
+        if member == "GetDeployment":
+            if body[0] not in self.deployments:
+                raise BusError(ErrorName.NO_SUCH_DEPLOYMENT, f"there is no deployment {body[0]}")
+            return [self.deployments[body[0]]]
+        if member in ("SetUpdatePolicy", "HoldUpdates", "Reload"):
+            return []
         if member == "ListImages":
             return [self.images]
         if member == "ListJobs":
             return [[[job["Id"], job["Kind"], job["State"], path] for path, job in self.jobs.items()]]
-        assert (member, body) == ("GetStatus", ["native", {}])
-        return [json.dumps(self.status)]
+        if member == "GetStatus":
+            return [json.dumps(self.status if body == ["native", {}] else body)]
+        target = body[0] if isinstance(body[0], str) else ""
+        path = self.add_job(Target=target, **({"Kind": "pull"} if member == "Pull" else {}))
+        if self.on_pull is not None:
+            await self.on_pull()
+        return [path]
 
     def _job_call(self, path: str, member: str) -> list[Any]:
         if path not in self.jobs:
@@ -121,6 +143,8 @@ class FakeBus:
         if member == "GetAll":
             return [variants(self.jobs[path])]
         assert member == "Cancel"
+        if not self.shared:
+            self.change(path, State="cancelling")
         if self.on_cancel is not None:
             self.on_cancel(path)
         return []
@@ -163,7 +187,8 @@ class FakeBus:
 
     def announce(self, path: str, result: str, name: str = "", message: str = "") -> None:
         number = int(path.rpartition("_")[2])
-        body = [number, path, "pull", result, name, message]
+        kind = self.jobs.get(path, {}).get("Kind", "pull")
+        body = [number, path, kind, result, name, message]
         self.signal(ROOT_PATH, MANAGER_INTERFACE, "JobRemoved", body)
 
     def end(self, path: str, state: str, name: str = "", message: str = "", **properties: Any) -> None:
@@ -237,8 +262,3 @@ async def bus() -> FakeBus:
 @pytest.fixture
 async def daemon(bus: FakeBus) -> Service:
     return Service(bus)
-
-
-@pytest.fixture
-def pull_arguments() -> argparse.Namespace:
-    return argparse.Namespace(expect_digest=None, no_queue=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import signal
 from pathlib import Path
@@ -13,11 +12,18 @@ import pytest
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 from hostimage_dbus.names import job_path
 from hostimage_dbus.transport import BusError, Variant
-from hostimagectl.commands import cancel, images, jobs, pull, status
+from hostimagectl.catalog import find
+from hostimagectl.command import JobCommand
+from hostimagectl.commands import cancel, images, job, jobs, status
 from hostimagectl.failure import Failure
+from hostimagectl.image import absolute
 from hostimagectl.job import Job, JobError
+from hostimagectl.outcome import failure_of
+from hostimagectl.parser import parser
 
 PATH = job_path(1)
+# Made here: it reads translations, which a test of asynchronous code must not.
+PARSER = parser()
 DIGEST = "sha256:" + "ab" * 32
 SOURCE = "sha256:" + "cd" * 32
 RESULT = {
@@ -44,10 +50,17 @@ JOB_KEYS = [
     "eta",
     "message",
     "cancellable",
+    "holdReasons",
     "created",
     "started",
     "finished",
 ]
+
+
+async def pull(daemon: Any, console: Any, *argv: str) -> int:
+    command = find("pull")
+    assert isinstance(command, JobCommand)
+    return await job.start(daemon, command, PARSER.parse_args(["pull", *argv]), console)
 
 
 def done(bus: Any, **properties: Any) -> Any:
@@ -58,10 +71,10 @@ def done(bus: Any, **properties: Any) -> Any:
     return end
 
 
-async def test_pull_tells_the_result(bus: Any, daemon: Any, pull_arguments: Any, make_console: Any) -> None:
+async def test_pull_tells_the_result(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus)
     console = make_console()
-    assert await pull.pull(daemon, "oci:/i", pull_arguments, console) == 0
+    assert await pull(daemon, console, "oci:/i") == 0
     assert console.out.splitlines() == [
         "pulled oci:/i: 2.0 MiB transferred, 1.0 MiB were there already",
         f"  Manifest: {DIGEST}",
@@ -70,28 +83,24 @@ async def test_pull_tells_the_result(bus: Any, daemon: Any, pull_arguments: Any,
     ]
 
 
-async def test_pull_tells_a_source_digest_that_differs(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_tells_a_source_digest_that_differs(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus, Result=RESULT | {"source-digest": Variant("s", SOURCE)})
     console = make_console()
-    await pull.pull(daemon, "oci:/i", pull_arguments, console)
+    await pull(daemon, console, "oci:/i")
     assert f"Source digest: {SOURCE}" in console.out
 
 
-async def test_pull_says_when_there_was_nothing_to_do(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_says_when_there_was_nothing_to_do(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus, Result=RESULT | {"changed": Variant("b", False)})
     console = make_console()
-    assert await pull.pull(daemon, "oci:/i", pull_arguments, console) == 0
+    assert await pull(daemon, console, "oci:/i") == 0
     assert console.out.startswith("nothing to do, already there: oci:/i\n")
 
 
-async def test_pull_json(bus: Any, daemon: Any, pull_arguments: Any, make_console: Any) -> None:
+async def test_pull_json(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus)
     console = make_console(as_json=True)
-    assert await pull.pull(daemon, "oci:/i", pull_arguments, console) == 0
+    assert await pull(daemon, console, "oci:/i") == 0
     assert list(console.document) == ["job", "result", "error"]
     assert list(console.document["job"]) == JOB_KEYS
     assert console.document["job"]["state"] == "done"
@@ -99,19 +108,16 @@ async def test_pull_json(bus: Any, daemon: Any, pull_arguments: Any, make_consol
     assert console.document["error"] is None
 
 
-async def test_pull_quiet_is_the_digest_alone(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_quiet_is_the_digest_alone(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus)
     console = make_console(quiet=True)
-    assert await pull.pull(daemon, "oci:/i", pull_arguments, console) == 0
+    assert await pull(daemon, console, "oci:/i") == 0
     assert (console.out, console.errors) == (DIGEST + "\n", "")
 
 
 async def test_pull_options(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus)
-    arguments = argparse.Namespace(expect_digest=DIGEST, no_queue=True)
-    await pull.pull(daemon, "", arguments, make_console())
+    await pull(daemon, make_console(), "--no-queue", "--expect-digest", DIGEST)
     member, _, (image, options) = next(call for call in bus.calls if call[0] == "Pull")
     assert (member, image) == ("Pull", "")
     assert {name: (value.signature, value.value) for name, value in options.items()} == {
@@ -121,11 +127,9 @@ async def test_pull_options(bus: Any, daemon: Any, make_console: Any) -> None:
     }
 
 
-async def test_pull_sends_no_option_that_was_not_given(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_sends_no_option_that_was_not_given(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus)
-    await pull.pull(daemon, "oci:/i", pull_arguments, make_console())
+    await pull(daemon, make_console(), "oci:/i")
     _, _, (_, options) = next(call for call in bus.calls if call[0] == "Pull")
     assert list(options) == ["client-id"]
 
@@ -135,14 +139,14 @@ async def test_pull_sends_no_option_that_was_not_given(
 )
 @pytest.mark.parametrize("as_json", [False, True])
 async def test_pull_fails_with_the_exit_code_of_the_error(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any, name: ErrorName, as_json: bool
+    bus: Any, daemon: Any, make_console: Any, name: ErrorName, as_json: bool
 ) -> None:
     async def fail() -> None:
         bus.end(PATH, "failed", name, "because of \x1b[2J")
 
     bus.on_pull = fail
     console = make_console(as_json=as_json)
-    assert await pull.pull(daemon, "oci:/i", pull_arguments, console) == EXIT_CODES[name]
+    assert await pull(daemon, console, "oci:/i") == EXIT_CODES[name]
     assert "hostimagectl: because of \\x1b[2J\n" in console.errors
     assert "\x1b" not in console.errors + console.out
     if as_json:
@@ -152,8 +156,8 @@ async def test_pull_fails_with_the_exit_code_of_the_error(
         assert console.out == ""
 
 
-async def interrupted_pull(bus: Any, daemon: Any, arguments: Any, console: Any, times: int = 1) -> int:
-    task = asyncio.create_task(pull.pull(daemon, "oci:/i", arguments, console))
+async def interrupted_pull(bus: Any, daemon: Any, console: Any, times: int = 1) -> int:
+    task = asyncio.create_task(pull(daemon, console, "oci:/i"))
     await bus.called("GetAll")
     for number in range(times):
         signal.raise_signal(signal.SIGINT)
@@ -161,35 +165,31 @@ async def interrupted_pull(bus: Any, daemon: Any, arguments: Any, console: Any, 
     return await task
 
 
-async def test_pull_cancelled_by_the_user(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_cancelled_by_the_user(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_cancel = lambda path: bus.end(path, "cancelled", ErrorName.CANCELLED, "cancelled")
     console = make_console()
-    assert await interrupted_pull(bus, daemon, pull_arguments, console) == EXIT_CODES[ErrorName.CANCELLED]
+    assert await interrupted_pull(bus, daemon, console) == EXIT_CODES[ErrorName.CANCELLED]
     assert "cancelling job 1" in console.errors
     assert console.errors.endswith("hostimagectl: job 1 was cancelled\n")
 
 
-async def test_pull_that_finished_in_spite_of_the_user(
-    bus: Any, daemon: Any, pull_arguments: Any, make_console: Any
-) -> None:
+async def test_pull_that_finished_in_spite_of_the_user(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_cancel = lambda path: bus.end(path, "done", Result=RESULT)
     console = make_console()
-    assert await interrupted_pull(bus, daemon, pull_arguments, console) == 0
+    assert await interrupted_pull(bus, daemon, console) == 0
     assert "it finished before it could be cancelled" in console.errors
     assert DIGEST in console.out
 
 
-async def test_pull_left_by_the_user(bus: Any, daemon: Any, pull_arguments: Any, make_console: Any) -> None:
+async def test_pull_left_by_the_user(bus: Any, daemon: Any, make_console: Any) -> None:
     console = make_console()
-    assert await interrupted_pull(bus, daemon, pull_arguments, console, times=2) == 130
+    assert await interrupted_pull(bus, daemon, console, times=2) == 130
     assert "job 1 goes on ('hostimagectl cancel 1' stops it)" in console.errors
     assert console.out == ""
 
 
 def test_a_job_that_ended_oddly_is_a_failure() -> None:
-    failure = pull.failure_of(Job(id=4, path="/x", state="failed"))
+    failure = failure_of(Job(id=4, path="/x", state="failed"))
     assert failure is not None
     assert failure.message == "job 4 ended as failed"
 
@@ -218,15 +218,15 @@ def test_relative_paths_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, sent: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert pull.absolute(given) == sent.format(cwd=tmp_path, parent=tmp_path.parent)
+    assert absolute(given) == sent.format(cwd=tmp_path, parent=tmp_path.parent)
 
 
 def test_a_directory_that_a_reference_cannot_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a:b").mkdir()
     monkeypatch.chdir(tmp_path / "a:b")
-    assert pull.absolute("oci:/elsewhere") == "oci:/elsewhere"
+    assert absolute("oci:/elsewhere") == "oci:/elsewhere"
     with pytest.raises(Failure) as caught:
-        pull.absolute("oci:image")
+        absolute("oci:image")
     assert caught.value.code == EXIT_CODES[ErrorName.INVALID_ARGS]
 
 
@@ -235,7 +235,7 @@ def test_a_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(Failure, match="gone"):
-        pull.absolute("dir:image")
+        absolute("dir:image")
 
 
 ROW = {
@@ -316,7 +316,7 @@ async def test_jobs(bus: Any, daemon: Any, make_console: Any) -> None:
 
     console = make_console(as_json=True)
     jobs.show(found, console)
-    assert [list(job) for job in console.document["jobs"]] == [JOB_KEYS, JOB_KEYS]
+    assert [list(row) for row in console.document["jobs"]] == [JOB_KEYS, JOB_KEYS]
     assert console.document["jobs"][1]["progress"] is None
 
     console = make_console(quiet=True)
@@ -427,6 +427,29 @@ def test_status_for_people(make_console: Any) -> None:
     assert "\x07" not in text
 
 
+def test_status_tells_of_deployments_updates_and_holds(make_console: Any) -> None:
+    console = make_console()
+    more = {
+        "deployments": [
+            {"id": "ab" * 32, "booted": True, "pinned": True, "version": "42.1", "image": "docker://x\x1b"},
+            {"id": "cd" * 32, "booted": False, "staged": True},
+        ],
+        "update": {"version": "42.2", "state": "available", "download-size": 3 << 20},
+        "holds": [
+            {"kind": "manual", "until": 1_700_000_000_000_000, "reason": "a fair\x07"},
+            {"kind": "metered", "until": 0, "reason": ""},
+        ],
+    }
+    status.show(STATUS | more, console)
+    lines = [" ".join(line.split()) for line in console.out.splitlines()]
+    assert "Update: 42.2 (available, 3.0 MiB to download)" in lines
+    assert "abababababab booted, pinned 42.1 docker://x\\x1b" in lines
+    assert "cdcdcdcdcdcd staged - -" in lines
+    assert "Held: metered" in lines
+    assert any(line.startswith("Held: manual until 2023-11-1") for line in lines)
+    assert "\x07" not in console.out
+
+
 def test_status_json_is_the_document(make_console: Any) -> None:
     console = make_console(as_json=True)
     status.show(STATUS, console)
@@ -444,6 +467,7 @@ def test_status_quiet_is_the_state(make_console: Any) -> None:
     [
         {},
         {"daemon": [], "repository": None, "images": {}, "jobs": [1], "results": "x", "problems": [[]]},
+        {"deployments": [{}], "update": {"x": 1}, "holds": [{}]},
         {"daemon": {"state": 1}, "repository": {"formats": [None, 1]}, "images": [{}], "results": [{}]},
     ],
 )

@@ -43,6 +43,11 @@ def display() -> Recorder:
     return Recorder()
 
 
+async def pull(daemon: Any) -> str:
+    path: str = await daemon.start_job("Pull", "s", ["oci:/image"])
+    return path
+
+
 class Run:
     """A follower at work in a task."""
 
@@ -51,7 +56,7 @@ class Run:
         self._daemon = daemon
 
     def start(self, request: Callable[[], Awaitable[str]] | None = None) -> asyncio.Task[Job]:
-        return asyncio.create_task(self.follower.run(request or (lambda: self._daemon.pull("oci:/image"))))
+        return asyncio.create_task(self.follower.run(request or (lambda: pull(self._daemon))))
 
 
 @pytest.fixture
@@ -220,7 +225,7 @@ async def test_a_daemon_started_by_the_call_is_followed(bus: Any, run: Run) -> N
 
 async def _start_then_pull(bus: Any, run: Run) -> str:
     bus.own(":1.8")
-    return await run._daemon.pull("oci:/image")
+    return await pull(run._daemon)
 
 
 async def test_daemon_gone_for_good(bus: Any, run: Run, display: Recorder) -> None:
@@ -236,7 +241,7 @@ async def test_daemon_gone_for_good(bus: Any, run: Run, display: Recorder) -> No
 
 async def test_daemon_gone_right_after_its_reply(bus: Any, run: Run, daemon: Any) -> None:
     async def request() -> str:
-        path = await daemon.pull("oci:/image")
+        path = await pull(daemon)
         bus.own(None)
         return path
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import Emits, load_shipped, parse
 from hostimage_dbus.server import CALLS_PER_SENDER, PROPERTIES, Export, ObjectServer
-from hostimage_dbus.transport import BusError, MethodCall
+from hostimage_dbus.transport import BusError, MethodCall, Variant
 
 XML = """<node>
   <interface name="org.example.One">
@@ -263,8 +263,47 @@ async def test_a_cancelled_call_is_answered() -> None:
 async def test_refusals(
     fixture: Fixture, member: str, signature: str, body: list[Any], changes: dict[str, Any], name: str
 ) -> None:
-    answer = fixture.connection.ask(member, signature, *body, **changes)
+    fixture.connection.ask(member, signature, *body, **changes)
+    await fixture.connection.answered(1)
+    answer = fixture.connection.answers[0][1]
     assert answer[0] == f"org.freedesktop.DBus.Error.{name}"
+
+
+WRITABLE = parse("""<node>
+  <interface name="org.example.Two">
+    <property name="Level" type="s" access="readwrite">
+      <annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="false"/>
+    </property>
+  </interface>
+</node>""")["org.example.Two"]
+
+
+async def test_a_property_that_can_be_written(fixture: Fixture) -> None:
+    written: list[tuple[str, str]] = []
+
+    async def write(call: MethodCall, value: str) -> None:
+        if value == "bad":
+            raise KeyError(value)
+        written.append((call.sender, value))
+        fixture.server.change("/two", WRITABLE.name, {"Level": value})
+
+    with pytest.raises(ValueError, match="setters do not match"):
+        Export(WRITABLE, {"Level": "info"}, {})
+    with pytest.raises(ValueError, match="setters do not match"):
+        Export(ONE, VALUES, {"Echo": fixture.echo, "Wait": fixture.wait}, {"Loud": write})
+    fixture.server.export("/two", Export(WRITABLE, {"Level": "info"}, {}, {"Level": write}))
+    for value in (Variant("s", "debug"), Variant("u", 1), Variant("s", "bad")):
+        fixture.connection.ask("Set", "ssv", WRITABLE.name, "Level", value, interface=PROPERTIES, path="/two")
+    await fixture.connection.answered(3)
+    answers = dict(fixture.connection.answers)
+    assert answers[1] == []
+    assert answers[2][0] == ErrorName.INVALID_ARGS
+    assert answers[3][0] == "org.example.Error.Known"
+    assert written == [(":1.1", "debug")]
+    got = fixture.connection.ask("Get", "ss", WRITABLE.name, "Level", interface=PROPERTIES, path="/two")
+    assert got[0].value == "debug"
+    # Its annotation promises no signal.
+    assert fixture.connection.signals == []
 
 
 async def test_properties_without_an_interface_mean_all(fixture: Fixture) -> None:

@@ -44,7 +44,9 @@ def test_nothing_yet(path: Path) -> None:
 def test_ids_go_on_and_orphans_are_found(path: Path) -> None:
     history = loaded(path)
     first, second, third = (history.allot() for _ in range(3))
-    history.add_result(job(first, JobState.DONE))
+    done = job(first, JobState.DONE)
+    history.add_result(done)
+    history.told(done)
     history.save(history.snapshot([job(second, JobState.RUNNING), job(third)]))
     again = loaded(path)
     assert again.allot() == 4
@@ -58,6 +60,20 @@ def test_ids_go_on_and_orphans_are_found(path: Path) -> None:
     again.save(again.snapshot([]))
     assert loaded(path).orphans == []
     assert [r.id for r in loaded(path).results] == [1, 2, 3]
+
+
+def test_an_end_that_was_not_announced_is_told_by_the_next_daemon(path: Path) -> None:
+    """As it was: a job that was done does not fail because the daemon ended before it said so."""
+    history = loaded(path)
+    history.add_result(job(1, JobState.FAILED, Failure.of(NoSpace("full"))))
+    history.add_result(job(2, JobState.DONE))
+    history.save(history.snapshot([job(3)]))
+    again = loaded(path)
+    ends = [(o.id, o.state, o.error) for o in again.orphans]
+    assert ends == [(1, "failed", ErrorName.NO_SPACE), (2, "done", ""), (3, "failed", ErrorName.INTERNAL)]
+    assert [r.id for r in again.results] == [1, 2, 3]
+    again.save(again.snapshot([]))
+    assert loaded(path).orphans == []
 
 
 def test_only_the_last_results_are_kept(path: Path) -> None:

@@ -64,7 +64,7 @@ def test_profiles_are_small() -> None:
 
 
 def test_every_operation_has_its_work() -> None:
-    assert WORK.keys() == {"pull", "scan"}
+    assert WORK.keys() == {"check", "pull", "scan"}
 
 
 def test_the_unit_grants_what_workers_need_and_no_more() -> None:

@@ -3,114 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState, Phase
+from hostimage_testing.queue_bench import Bench
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
-from hostimaged.jobs.events import BytesEvent, Event, PhaseEvent, StatusEvent, TotalsEvent
-from hostimaged.jobs.history import History
+from hostimaged.jobs.events import BytesEvent, PhaseEvent, StatusEvent, TotalsEvent
 from hostimaged.jobs.job import Failure, Initiator, Job
-from hostimaged.jobs.operations import Operation, Pull
 from hostimaged.jobs.process import Outcome
-from hostimaged.jobs.queue import QUEUED_PER_UID, JobQueue
-
-ROOT = Initiator(0)
-
-
-class FakeWorker:
-    """Ends when told to."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-        self.running = asyncio.Event()
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.send: Callable[[Event], None] = lambda _: None
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        self.end(Outcome(failure=Failure.of(Cancelled())))
-
-    def end(self, outcome: Outcome) -> None:
-        if not self.outcome.done():
-            self.outcome.set_result(outcome)
-
-    async def run(self, on_event: Callable[[Event], None]) -> Outcome:
-        self.send = on_event
-        self.running.set()
-        return await self.outcome
-
-
-class Bench:
-    """A queue, its workers, and what the observer and the status keeper were told."""
-
-    def __init__(self, path: Path) -> None:
-        self.workers: list[FakeWorker] = []
-        self.told: list[tuple[str, int, str]] = []
-        self.scans: list[Any] = []
-        self.news = asyncio.Event()
-        self.history = History(path, "boot")
-        self.queue = JobQueue(self.history, self, self, self.start_worker)  # type: ignore[arg-type]
-
-    def start_worker(self, operation: Operation) -> FakeWorker:
-        del operation
-        self.workers.append(FakeWorker())
-        return self.workers[-1]
-
-    def job_added(self, job: Job) -> None:
-        self._tell("added", job)
-
-    def job_changed(self, job: Job, *, only_progress: bool) -> None:
-        self._tell("progress" if only_progress else "changed", job)
-
-    def job_finished(self, job: Job) -> None:
-        self._tell("finished", job)
-
-    def _tell(self, what: str, job: Job) -> None:
-        self.told.append((what, job.id, str(job.state)))
-        self.news.set()
-
-    def begin(self) -> int:
-        return len(self.scans)
-
-    def take(self, place: int, status: dict[str, Any]) -> None:
-        del place
-        self.scans.append(status)
-
-    async def refresh(self) -> None:
-        self.scans.append("refresh")
-
-    async def until(self, what: str, number: int, state: str) -> None:
-        async with asyncio.timeout(10):
-            while (what, number, state) not in self.told:
-                self.news.clear()
-                await self.news.wait()
-
-    async def submit(self, **options: Any) -> Job:
-        return await self.queue.submit(Pull(reference="oci:/x"), options.pop("who", ROOT), **options)
-
-    async def running(self) -> tuple[Job, FakeWorker]:
-        job = await self.submit()
-        await self.until("changed", job.id, "running")
-        worker = self.workers[-1]
-        await worker.running.wait()
-        return job, worker
-
-
-@pytest_asyncio.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path / "jobs.json")
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(made.queue.run())
-        yield made
-        await made.queue.stop()
-    await asyncio.get_running_loop().shutdown_default_executor()
+from hostimaged.jobs.queue import QUEUED_PER_UID
 
 
 async def test_a_job_runs_to_its_end(bench: Bench) -> None:

@@ -1,0 +1,85 @@
+"""What guarded methods do, once their callers are let in: start a job, or change how the daemon behaves."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hostimaged.bus.authorization import Member
+from hostimaged.bus.requests import make_request
+from hostimaged.bus.unbuilt import refuse_unbuilt
+from hostimaged.errors import Internal
+from hostimaged.jobs.job import Initiator, Terms
+from hostimaged.jobs.operations import Check, Pull
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from hostimage_dbus.transport import MethodCall
+    from hostimaged.bus.gate import Gate
+    from hostimaged.bus.holds import Holds
+    from hostimaged.bus.model import Model
+    from hostimaged.bus.polkit import Caller
+    from hostimaged.bus.requests import Request
+    from hostimaged.config import Settings
+    from hostimaged.jobs.operations import Operation
+    from hostimaged.jobs.queue import JobQueue
+
+
+class GuardedMethods:
+    """Answers the guarded methods of the Manager and of deployments."""
+
+    def __init__(
+        self, gate: Gate, model: Model, queue: JobQueue, holds: Holds, reload: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._gate = gate
+        self._model = model
+        self._queue = queue
+        self._holds = holds
+        self._reload = reload
+
+    async def answer(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
+        """Carry out a call; ``deployment`` is the id of the object that was called."""
+        prepare = partial(make_request, member, call.body, self._model, deployment)
+        async with self._gate.passed(call, prepare) as (caller, request):
+            refuse_unbuilt(request)
+            match member:
+                case Member.HOLD_UPDATES:
+                    await self._holds.set(*request.arguments)
+                case Member.RELOAD:
+                    await self._reload()
+                case _:
+                    return [await self._start(request, caller)]
+        return []
+
+    async def _start(self, request: Request, caller: Caller) -> str:
+        """Path of the job that does what is asked for."""
+        options = request.options
+        job = await self._queue.submit(
+            operation_of(request, self._model.settings),
+            Initiator(caller.uid, options.get("client-id", ""), caller.name),
+            Terms(
+                background=options.get("background", False),
+                allow_metered=options.get("allow-metered", False),
+                allow_on_battery=options.get("allow-on-battery", False),
+            ),
+            queue=options.get("queue", True),
+            join=not options.get("no-join", False),
+        )
+        return job.path
+
+
+def operation_of(request: Request, settings: Settings) -> Operation:
+    """The worker's operation for a request that starts a job."""
+    match request.member:
+        case Member.CHECK:
+            return Check(reference=request.reference)
+        case Member.PULL:
+            return Pull(
+                reference=request.reference,
+                expect_digest=request.options.get("expect-digest"),
+                verity=settings.verity,
+                lock_timeout=settings.lock_timeout,
+            )
+        case _:
+            raise Internal

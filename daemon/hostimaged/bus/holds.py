@@ -1,0 +1,115 @@
+"""Holds: why background jobs do not start. So far one kind, set by hand.
+
+It is kept in a file of the run directory over restarts of the daemon, and gone with the next boot:
+
+    {"version": 1, "boot_id": …, "until": microseconds since the epoch, "reason": …}
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hostimaged.errors import InvalidArgs
+from hostimaged.jobs.job import now_usec
+from hostimaged.system.durable import replace_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_MAX_FILE: Final = 64 << 10
+#: The clock may be set and the machine may sleep, so the end is looked for this often, in seconds.
+_CHECK_INTERVAL: Final = 30.0
+
+_logger = structlog.get_logger("hostimaged.bus")
+
+
+class _Hold(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: Literal[1] = 1
+    boot_id: str = ""
+    until: int = Field(default=0, ge=0, lt=1 << 64)
+    reason: str = Field(default="", max_length=4096)
+
+
+class Holds:
+    """The hold on background jobs; ``changed`` is called when it begins or ends."""
+
+    def __init__(self, path: Path, boot_id: str) -> None:
+        self._path = path
+        self._boot_id = boot_id
+        self._hold = _Hold()
+        self._held = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing = asyncio.Lock()
+        self.changed: Callable[[], None] = lambda: None
+
+    def load(self) -> None:
+        """Read the file; blocks. One of another boot, or a damaged one, counts as missing."""
+        try:
+            with self._path.open("rb") as stream:
+                hold = _Hold.model_validate_json(stream.read(_MAX_FILE))
+        except FileNotFoundError:
+            return
+        except (OSError, ValidationError) as error:
+            _logger.warning("hold.unreadable", error=type(error).__name__)
+            return
+        if hold.boot_id == self._boot_id:
+            self._hold = hold
+            self._held = hold.until > now_usec()
+
+    @property
+    def reasons(self) -> list[str]:
+        """Kinds of the holds that are in force."""
+        return ["manual"] if self._held else []
+
+    @property
+    def documents(self) -> list[dict[str, Any]]:
+        """The holds for the status document."""
+        if not self._held:
+            return []
+        return [{"kind": "manual", "until": self._hold.until, "reason": self._hold.reason}]
+
+    def start(self) -> None:
+        """Let a hold that was loaded end in time."""
+        self._watch()
+
+    def close(self) -> None:
+        """Forget what was to happen later."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def set(self, until: int, reason: str) -> None:
+        """Hold until ``until`` (microseconds since the epoch), or release for 0.
+
+        Raises ``InvalidArgs`` for a time that is over.
+        """
+        if until and until <= now_usec():
+            raise InvalidArgs("the end of the hold is in the past")
+        async with self._writing:
+            hold = _Hold(boot_id=self._boot_id, until=until, reason=reason if until else "")
+            try:
+                await asyncio.to_thread(replace_file, self._path, hold.model_dump_json().encode(), 0o644)
+            except OSError as error:
+                # It holds all the same, as long as this daemon runs.
+                _logger.warning("hold.save-failed", error=error.strerror)
+            self._hold = hold
+        _logger.info("hold.set", until=until)
+        self._watch()
+        self.changed()
+
+    def _watch(self) -> None:
+        self.close()
+        remaining = (self._hold.until - now_usec()) / 1e6
+        was, self._held = self._held, remaining > 0
+        if self._held:
+            self._timer = asyncio.get_running_loop().call_later(
+                min(remaining, _CHECK_INTERVAL) + 0.001, self._watch
+            )
+        elif was:
+            self.changed()

@@ -1,0 +1,183 @@
+"""What the Manager tells: its properties and the status document, from settings, jobs, scans, checks, holds.
+
+Nothing here works or waits; every value is in memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState
+from hostimaged import __version__
+from hostimaged.bus.findings import Problem
+from hostimaged.bus.requests import tracked_reference
+from hostimaged.bus.status import to_variants
+from hostimaged.bus.updates import Updates
+from hostimaged.errors import InvalidReference
+from hostimaged.oci.reference import ImageReference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hostimaged.bus.deployments import DeploymentObjects
+    from hostimaged.bus.findings import ImageRow
+    from hostimaged.bus.holds import Holds
+    from hostimaged.bus.status import StatusCache
+    from hostimaged.config import Settings, SettingsProblem
+    from hostimaged.jobs.history import History, JobRecord
+    from hostimaged.jobs.queue import JobQueue
+
+#: What the daemon is doing while a job of this kind runs (property State).
+STATES: Final = {"check": "checking", "pull": "pulling"}
+
+
+class Model:
+    """The state of the service; implements ``hostimaged.bus.requests.World``."""
+
+    def __init__(
+        self,
+        *,
+        queue: JobQueue,
+        status: StatusCache,
+        history: History,
+        holds: Holds,
+        deployments: DeploymentObjects,
+        boot_id: str,
+        settings: Settings,
+        settings_problems: Sequence[SettingsProblem],
+    ) -> None:
+        self._queue = queue
+        self._status = status
+        self._history = history
+        self._holds = holds
+        self._deployments = deployments
+        self._boot_id = boot_id
+        self._document: str | None = None
+        self.updates = Updates()
+        self.take_settings(settings, settings_problems)
+
+    def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
+        """The settings were read."""
+        self.settings = settings
+        self._own_problems = list(_problems(settings, problems, self._history))
+        self.changed()
+
+    def changed(self) -> None:
+        """Something in the status document changed."""
+        self._document = None
+
+    # hostimaged.bus.requests.World
+
+    @property
+    def tracked_image(self) -> str:
+        """The image of the settings, "" if none."""
+        return self.settings.tracked_image
+
+    @property
+    def images(self) -> Sequence[ImageRow]:
+        """The images in the repository."""
+        return self._status.findings.images
+
+    def is_deployment(self, path: str) -> bool:
+        """Whether there is a deployment at an object path."""
+        return path in self._deployments
+
+    # what is told
+
+    @property
+    def tracked(self) -> str:
+        """The tracked image in its normal form, "" if none."""
+        return tracked_reference(self.tracked_image)
+
+    def constant(self) -> dict[str, Any]:
+        """Properties that never change."""
+        return {"Version": __version__, "ApiVersion": API_VERSION, "BootId": self._boot_id}
+
+    def changing(self) -> dict[str, Any]:
+        """All other properties as they are now."""
+        active = self._queue.active
+        findings = self._status.findings
+        staged = self._deployments.which("staged")
+        return {
+            "State": self._state(),
+            "ActiveJob": active.path if active else NO_OBJECT,
+            "QueuedJobs": [job.path for job in self._queue.waiting],
+            "Booted": self._deployments.which("booted"),
+            "Staged": staged,
+            "RollbackTarget": self._deployments.which("is_rollback"),
+            "RebootRequired": staged != NO_OBJECT or findings.rollback_queued,
+            "RollbackQueued": findings.rollback_queued,
+            "TrackedImage": self.tracked_image,
+            "Update": to_variants(self._update()),
+            "LastCheck": list(self.updates.last_check),
+            "LastFailure": _last_failure(self._history.results),
+            # Nothing is done by itself yet.
+            "UpdatePolicy": "none",
+            "NextCheck": 0,
+            "Holds": self._holds.reasons,
+            "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
+            "Unified": findings.unified,
+            "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
+        }
+
+    def document(self) -> str:
+        """The native status document."""
+        if self._document is None:
+            self._document = self._status.document(
+                daemon={"version": __version__, "bootId": self._boot_id, "state": self._state()},
+                tracked_image=self.tracked_image,
+                jobs=self._queue.jobs,
+                results=self._history.results,
+                problems=self._problems(),
+                update=self._update(),
+                holds=self._holds.documents,
+            )
+        return self._document
+
+    def _state(self) -> str:
+        active = self._queue.active
+        if active is not None:
+            return STATES[active.kind]
+        held = any(job.state is JobState.HELD for job in self._queue.waiting)
+        return "held" if held else "idle"
+
+    def _update(self) -> dict[str, Any]:
+        return self.updates.current(self.tracked, self._status.findings)
+
+    def _problems(self) -> list[Problem]:
+        return [*self._own_problems, *self._status.findings.problems]
+
+
+def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:
+    problems = [Problem(id="settings", severity="warning", text=f"{p.file}: {p.text}") for p in found]
+    if settings.tracked_image:
+        try:
+            ImageReference.parse(settings.tracked_image)
+        except InvalidReference as error:
+            text = f"tracked-image: {error.message}"
+            problems.append(Problem(id="settings", severity="error", text=text))
+    if history.problem:
+        problems.append(Problem(id="jobs", severity="warning", text=history.problem))
+    return problems
+
+
+def _last_failure(results: Sequence[JobRecord]) -> dict[str, Any]:
+    """The last failure that no success of its kind followed, among the results that are remembered."""
+    last: JobRecord | None = None
+    for record in results:
+        if record.state is JobState.FAILED:
+            last = record
+        elif record.state is JobState.DONE and last is not None and last.kind == record.kind:
+            last = None
+    if last is None:
+        return {}
+    return to_variants(
+        {
+            "job": last.id,
+            "kind": last.kind,
+            "target": last.target,
+            "error": last.error,
+            "message": last.message,
+            "time": last.finished,
+        }
+    )

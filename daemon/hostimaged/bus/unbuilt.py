@@ -1,0 +1,61 @@
+"""What the interface has and no operation does yet: the one table of it, which shrinks to nothing.
+
+Such calls are checked and authorised like all others, so that a frontend can be written against them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hostimaged.bus.authorization import Member
+from hostimaged.errors import NotSupported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hostimaged.bus.requests import Request
+
+#: Members, and what is missing.
+MEMBERS: Final[Mapping[Member, str]] = {
+    Member.UPGRADE: "staging of images",
+    Member.STAGE: "staging of images",
+    Member.SWITCH: "staging of images",
+    Member.ROLLBACK: "deployments",
+    Member.UNSTAGE: "deployments",
+    Member.CANCEL_ROLLBACK: "deployments",
+    Member.COLLECT_GARBAGE: "garbage collection",
+    Member.VERIFY_REPOSITORY: "verification of the repository",
+    Member.REPAIR: "repair of the repository",
+    Member.EXPLAIN: "garbage collection",
+    Member.SET_KERNEL_ARGUMENTS: "staging of images",
+    Member.SET_UNIFIED: "unified storage",
+    Member.SET_UPDATE_POLICY: "automatic updates",
+    Member.SET_PINNED: "deployments",
+    Member.DELETE: "deployments",
+    Member.MAKE_DEFAULT: "deployments",
+    Member.DIFF: "deployments",
+}
+#: Options, where they are true, of members that are built.
+OPTIONS: Final[Mapping[str, str]] = {"unified": "unified storage"}
+#: Formats of GetStatus.
+FORMATS: Final[Mapping[str, str]] = {"bootc-v1": "deployments"}
+
+
+def refuse_unbuilt(request: Request) -> None:
+    """Raise ``NotSupported`` for what nobody can do yet."""
+    missing = MEMBERS.get(request.member)
+    if missing is not None:
+        raise _not_supported(str(request.member), missing)
+    for option, missing in OPTIONS.items():
+        if request.options.get(option):
+            raise _not_supported(f"option {option}", missing)
+
+
+def refuse_unbuilt_format(name: str) -> None:
+    """Raise ``NotSupported`` for a status format that nobody can make yet."""
+    if name in FORMATS:
+        raise _not_supported(f"the format {name}", FORMATS[name])
+
+
+def _not_supported(what: str, missing: str) -> NotSupported:
+    return NotSupported(f"{what} is not supported by this version, which has no {missing}")
