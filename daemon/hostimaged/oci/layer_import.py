@@ -54,12 +54,15 @@ def import_layer(
     reporter: Reporter,
     pool: StorePool | None = None,
     kept: KeptEntries | None = None,
+    *,
+    verified: bool = False,
 ) -> ImportedLayer:
     """Store the tar that ``pieces`` make up as the layer ``diff_id``, with the help of ``pool``.
 
     ``pieces`` is closed, if it can be; a piece must not change after it was given. Contents of over 64 bytes
     become objects; the entries are put into ``kept`` as well. The stream gets its name only when sha256 of
-    all pieces is ``diff_id``. Several layers may be imported at once, each from a thread of its own.
+    all pieces is ``diff_id``. With ``verified``, ``pieces`` sees to that: where it is not, it raises at its
+    end, and it is always read to its end. Several layers may be imported at once, each from its own thread.
 
     Raises ``DigestMismatch`` if it is not, ``UnsupportedImage`` for what is no tar or holds what cannot be
     stored, ``Cancelled`` from ``reporter.at``, and what ``pieces`` and ``repository`` raise. An error of
@@ -71,7 +74,7 @@ def import_layer(
         repository.new_stream(ContentType.LAYER) as writer,
         LayerStore(repository, writer, reporter, pool, ids) as store,
     ):
-        reader = _Reader(pieces, diff_id, reporter)
+        reader = _Reader(pieces, None if verified else diff_id, reporter)
         try:
             entries = reader.run(store, gathered)
         except UnsupportedImage as error:
@@ -98,7 +101,7 @@ def import_layer(
 class _Reader:
     """Gets the tar, hashes it and takes it apart; ends well only if the digest is right."""
 
-    def __init__(self, pieces: Iterable[Buffer], diff_id: DiffId, reporter: Reporter) -> None:
+    def __init__(self, pieces: Iterable[Buffer], diff_id: DiffId | None, reporter: Reporter) -> None:
         self._source = pieces
         self._pieces = iter(pieces)
         self._diff_id = diff_id
@@ -133,11 +136,13 @@ class _Reader:
             # Kept as it is: whoever asked for the piece takes it for a complaint about the content.
             self._failure = error
             raise
-        if piece is not None:
+        if piece is not None and self._diff_id is not None:
             self._hash.update(piece)
         return piece
 
     def _check_digest(self) -> None:
+        if self._diff_id is None:
+            return
         actual = DiffId.of_hash(self._hash.hexdigest())
         if actual != self._diff_id:
             raise DigestMismatch(what="uncompressed layer", expected=self._diff_id, actual=actual)

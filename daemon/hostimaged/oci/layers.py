@@ -47,13 +47,18 @@ class LayerPlan:
     content_type: ContentType
 
     @property
+    def is_bare(self) -> bool:
+        """Whether the blob has the digest of the tar: then it is the tar, and its source verifies both."""
+        return self.descriptor.digest == str(self.id)
+
+    @property
     def media_type(self) -> str:
         """How the blob is to be read.
 
-        One whose digest is that of the tar is the tar, whatever its descriptor says: skopeo copies images out
-        of containers-storage uncompressed, and leaves the types in the manifest as they were.
+        A bare tar is one whatever its descriptor says: skopeo copies images out of containers-storage
+        uncompressed, and leaves the types in the manifest as they were.
         """
-        return UNCOMPRESSED if self.descriptor.digest == str(self.id) else self.descriptor.media_type
+        return UNCOMPRESSED if self.is_bare else self.descriptor.media_type
 
     @property
     def stream(self) -> str:
@@ -168,7 +173,8 @@ def _fetch(
             from hostimaged.oci.layer_import import import_layer
 
             pieces = decompressed(plan.media_type, counted, limit=DEFAULT_LIMIT)
-            return import_layer(repository, pieces, plan.id, reporter, store, kept).stream_id
+            layer = import_layer(repository, pieces, plan.id, reporter, store, kept, verified=plan.is_bare)
+            return layer.stream_id
         return _store_blob(repository, counted, plan)
 
 
