@@ -16,8 +16,7 @@ import pytest
 
 from hostimaged.composefs.fsverity import Algorithm, digest
 from hostimaged.composefs.repository import Repository, Slot, StorePool, Verity, store_helper, store_pool
-from hostimaged.composefs.repository.verity import VerityUnavailable
-from hostimaged.errors import HostimageError, NoSpace, StorageError
+from hostimaged.errors import HostimageError, StorageError
 
 NOISE = random.Random(2).randbytes(5_000_000)
 
@@ -175,7 +174,9 @@ def test_an_error_of_a_helper_is_ours(repository: Repository, monkeypatch: pytes
         writer.close()
 
 
-@pytest.mark.parametrize("error", [NoSpace("full"), VerityUnavailable(), StorageError("bad\nsector")])
+@pytest.mark.parametrize(
+    "error", [*(kind("said so") for kind in store_helper._ERRORS.values()), StorageError("bad\nsector")]
+)
 def test_errors_keep_their_kind(error: HostimageError) -> None:
     with pytest.raises(type(error)) as raised:
         store_helper.decode_answer(store_helper.encode_error(error), Algorithm.SHA256)
