@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 _WAITING: Final = 4 << 20
 #: What a part that waits takes at least.
 _OVERHEAD: Final = 200
-#: Held while an object is stored in this process. It goes in and out of the interpreter all the time: two
-#: threads at it take turns every few microseconds, and are slower together than one alone.
-_STORING: Final = threading.Lock()
 
 
 class LayerStore:
@@ -49,6 +45,7 @@ class LayerStore:
         self._writer = writer
         self._reporter = reporter
         self._pool = pool
+        self._storing = pool.storing if pool is not None else nullcontext()
         self._ids = ids
         # Being filled, not sent yet.
         self._slot: Slot | None = None
@@ -84,7 +81,7 @@ class LayerStore:
             self._wait_with((slot, slot.append(buffer), size))
             return
         self._reporter.at("layer.store")
-        with _STORING:
+        with self._storing:
             stored = self._repository.store_object(buffer)
         self._stored(stored, size)
 
@@ -97,7 +94,7 @@ class LayerStore:
             large = self._pool.writer() if self._pool is not None else None
             large = self._large = large or self._repository.object_writer()
             self._large_size = 0
-        with _STORING if isinstance(large, ObjectWriter) else nullcontext():
+        with self._storing if isinstance(large, ObjectWriter) else nullcontext():
             large.write(buffer)
         self._large_size += len(buffer)
         if last:

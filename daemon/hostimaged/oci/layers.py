@@ -29,8 +29,8 @@ FAULT_POINTS: Final = ("layer.verified", "layer.stored")
 
 #: Bytes to fetch, compressed, from which on helpers save more time than they take to start.
 _WORTH_HELPERS: Final = 8 << 20
-#: Storage feeds no more, and each takes some 20 MB.
-_MAX_HELPERS: Final = 7
+#: Processors that are used at most: storage feeds no more, and each takes a helper and a layer of some 30 MB.
+_MAX_PROCESSORS: Final = 8
 #: Type of a layer that is a bare tar.
 UNCOMPRESSED: Final = "application/vnd.oci.image.layer.v1.tar"
 
@@ -122,7 +122,7 @@ def fetch_layers(
     reporter: StoppableReporter,
     kept: KeptEntries | None = None,
 ) -> dict[DiffId, ObjectId]:
-    """Fetch and store ``plans``, each of another id, as many at once as there are processors; their stream
+    """Fetch and store ``plans``, each of another id, as many at once as processors are used; their stream
     ids. The entries of the layers are put into ``kept``.
 
     The largest come first, so that the last ones to end are short. Every layer that is named is complete and
@@ -135,8 +135,8 @@ def fetch_layers(
     from hostimaged.composefs.repository import StorePool
 
     ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
-    processors = len(os.sched_getaffinity(0))
-    helpers = min(processors - 1, _MAX_HELPERS)
+    processors = min(len(os.sched_getaffinity(0)), _MAX_PROCESSORS)
+    helpers = processors - 1
     if sum(plan.descriptor.size for plan in plans) < _WORTH_HELPERS:
         helpers = 0
     workers = min(processors, len(ordered))
