@@ -9,8 +9,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import structlog
-
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState
 from hostimaged.errors import Busy, Cancelled, Held, Internal, JobNotCancellable, LimitsExceeded
@@ -27,6 +25,7 @@ from hostimaged.jobs.job import Failure, Initiator, Job, Terms
 from hostimaged.jobs.lanes import Lanes
 from hostimaged.jobs.process import Outcome, Worker
 from hostimaged.jobs.progress import INTERVAL
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ QUEUED_PER_UID: Final = 8
 QUEUED_IN_ALL: Final = 64
 _USUAL: Final = Terms()
 
-_logger = structlog.get_logger("hostimaged.jobs")
+_logger = get_logger("hostimaged.jobs")
 
 
 class Observer(Protocol):
