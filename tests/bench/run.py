@@ -1,9 +1,10 @@
-"""Benchmarks beside cfsctl: both do the same work alternately, and ratios of medians are printed.
+"""Benchmarks beside cfsctl: both do the same work in turn, and ratios of medians are printed.
 
-usage: run.py [--rounds N] [--cache DIR] [SCENARIO …]
+usage: run.py [--rounds N] [--cache DIR] [--where DIR] [--list] [WORD …]
 
-Each run is a process of its own; time is wall time from start to exit, memory the peak resident size of the
-process and its waited-for children. Absolute times mean little on shared machines: read the ratios.
+Each run is a process of its own; time is wall time from start to exit, and the processor time of all its
+processes. Absolute times mean little on shared machines: read the ratios. Memory is that of all processes of
+a program together, skopeo aside.
 """
 
 from __future__ import annotations
@@ -11,127 +12,199 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from hostimage_testing.debian import Debian, prepare
+import measure
+from material import SMALL_FILES, Material
+from measure import Measured
+
 from hostimage_testing.host import scratch_host
+from hostimage_testing.registry import running_registry
 from hostimage_testing.tools import find
 
-PULL = Path(__file__).with_name("pull_once.py")
+HERE = Path(__file__).parent
 
 
-@dataclass
-class Measured:
-    """Seconds and peak KiB of every run of one program."""
+class Program:
+    """One of the two: how it makes an empty repository below a directory, and works with it."""
 
-    seconds: list[float] = field(default_factory=list)
-    peak_kib: list[int] = field(default_factory=list)
+    def __init__(self, cfsctl: str, registries: Path) -> None:
+        self._cfsctl = cfsctl
+        self._registries = registries
+        # The skopeo of cfsctl looks for its configuration below the home directory.
+        self.environment = os.environ | {"HOME": str(registries.parents[2])}
+
+
+class Ours(Program):
+    """hostimaged, in processes as its workers are."""
+
+    name = "hostimaged"
+
+    def prepare(self, root: Path) -> None:
+        scratch_host(root, registries=self._registries.read_text())
+        self.environment |= {"PYDANTIC_DISABLE_PLUGINS": "1"}
+
+    def pull(self, root: Path, image: str) -> list[str]:
+        return [sys.executable, "-P", str(HERE / "pull_once.py"), str(root), image]
+
+    def image(self, root: Path) -> list[str]:
+        return [sys.executable, "-P", str(HERE / "image_once.py"), str(root)]
+
+    def fsck(self, root: Path) -> list[str]:
+        return [sys.executable, "-P", "-m", "hostimaged.composefs", "fsck", str(root / "sysroot/composefs")]
+
+
+class Theirs(Program):
+    """cfsctl."""
+
+    name = "cfsctl"
+
+    def _command(self, root: Path, *arguments: str) -> list[str]:
+        return [self._cfsctl, "--repo", str(root / "repository"), "--insecure", *arguments]
+
+    def prepare(self, root: Path) -> None:
+        root.mkdir()
+        init = [self._cfsctl, "init", "--insecure", str(root / "repository")]
+        subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
+
+    def pull(self, root: Path, image: str) -> list[str]:
+        return self._command(root, "oci", "pull", image, "image")
+
+    def image(self, root: Path) -> list[str]:
+        return self._command(root, "oci", "compute-id", "image")
+
+    def fsck(self, root: Path) -> list[str]:
+        return self._command(root, "fsck")
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One kind of pull: ``before`` are images that the repository already holds."""
+    """``before`` gives images that are pulled first, ``image`` the one that is; ``do`` is what is timed."""
 
     name: str
-    image: str
-    before: tuple[str, ...] = ()
+    image: Callable[[Material], str]
+    before: Callable[[Material], str] | None = None
+    do: str = "pull"
 
 
-SCENARIOS = (
-    Scenario("fresh, one layer, gzip", "one-gzip"),
-    Scenario("fresh, one layer, zstd", "one-zstd"),
-    Scenario("fresh, eight layers, gzip", "eight-gzip"),
-    Scenario("fresh, eight layers, zstd", "eight-zstd"),
-    Scenario("again, nothing to do", "eight-gzip", ("eight-gzip",)),
-)
+def scenarios(registry: Callable[[Material], str]) -> Iterator[Scenario]:
+    """All of them; ``registry`` gives the name of an image in a registry, which it starts."""
+    for layers in ("one", "eight"):
+        for kind in ("gzip", "zstd"):
+            yield Scenario(
+                f"pull, {layers} {kind}", lambda m, tag=f"{layers}-{kind}": f"oci:{m.debian()}:{tag}"
+            )
+        yield Scenario(f"pull, {layers} plain", lambda m, tag=layers: f"oci:{m.plain()}:{tag}")
+    yield Scenario("pull, registry, eight gzip", registry)
+    eight = lambda m: f"oci:{m.debian()}:eight-gzip"  # noqa: E731
+    yield Scenario("pull again, eight gzip", eight, eight)
+    yield Scenario(
+        "pull update, one of eight",
+        lambda m: f"oci:{m.update()}:after",
+        lambda m: f"oci:{m.update()}:before",
+    )
+    for count in SMALL_FILES:
+        yield Scenario(f"pull, {count} files", lambda m, n=count: f"oci:{m.small(n)}:image")
+    yield Scenario("pull, 4 files of 512 MiB", lambda m: f"oci:{m.large()}:image")
+    for name, image in (("Debian", eight), ("100000 files", lambda m: f"oci:{m.small(100_000)}:image")):
+        yield Scenario(f"EROFS image, {name}", image, image, "image")
+    yield Scenario("fsck, Debian", eight, eight, "fsck")
 
 
-def timed(argv: list[str], into: Measured | None) -> None:
-    """Run ``argv`` and record it; a failure ends the benchmark."""
-    os.sync()
-    start = time.monotonic()
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(argv)} exited {process.returncode}")
-    if into is not None:
-        into.seconds.append(time.monotonic() - start)
-        into.peak_kib.append(usage.ru_maxrss)
+class Bench:
+    """Runs scenarios, below the directory ``work``."""
+
+    def __init__(self, material: Material, programs: tuple[Ours, Theirs], work: Path, rounds: int) -> None:
+        self._material = material
+        self._programs = programs
+        self._work = work
+        self._rounds = rounds
+
+    def run(self, scenario: Scenario) -> str:
+        """One line of results; the programs take turns at being first."""
+        image = scenario.image(self._material)
+        before = scenario.before(self._material) if scenario.before is not None else None
+        results = {program.name: Measured() for program in self._programs}
+        outputs = set()
+        for number in range(self._rounds + 1):
+            for program in self._programs if number % 2 else reversed(self._programs):
+                result = results[program.name]
+                root = self._work / program.name
+                program.prepare(root)
+                if before is not None:
+                    measure.run(program.pull(root, before), None, program.environment)
+                argv = self._argv(program, scenario, root, image)
+                if number < self._rounds:
+                    outputs.add(measure.run(argv, result, program.environment).split()[-1])
+                else:
+                    measure.peak(argv, result, program.environment)
+                shutil.rmtree(root)
+        if scenario.do == "image" and len({output.rpartition(":")[2] for output in outputs}) != 1:
+            raise SystemExit(f"{scenario.name}: the images differ: {outputs}")
+        ours, theirs = results.values()
+        return (
+            f"{scenario.name:28} {ours.median:8.2f} {theirs.median:8.2f} {ours.median / theirs.median:8.2f}"
+            f" {ours.median_processor:10.2f} {theirs.median_processor:8.2f}"
+            f" {ours.peak_kib / 1024:9.0f} {theirs.peak_kib / 1024:8.0f}"
+        )
+
+    @staticmethod
+    def _argv(program: Ours | Theirs, scenario: Scenario, root: Path, image: str) -> list[str]:
+        if scenario.do == "image":
+            return program.image(root)
+        return program.fsck(root) if scenario.do == "fsck" else program.pull(root, image)
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One of the two programs: how it makes an empty repository below a directory, and pulls into it."""
-
-    prepare: Callable[[Path], None]
-    pull: Callable[[Path, str], list[str]]
-
-
-def contestants(cfsctl: str, debian: Debian) -> dict[str, Contestant]:
-    """Both programs, set up to pull images of the same layout."""
-
-    def prepare_theirs(root: Path) -> None:
-        root.mkdir()
-        init = [cfsctl, "init", "--insecure", str(root / "repository")]
-        subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
-
-    def pull_theirs(root: Path, image: str) -> list[str]:
-        source = f"oci:{debian.layout}:{image}"
-        return [cfsctl, "--repo", str(root / "repository"), "--insecure", "oci", "pull", source, image]
-
-    def prepare_ours(root: Path) -> None:
-        scratch_host(root)
-
-    def pull_ours(root: Path, image: str) -> list[str]:
-        return [sys.executable, str(PULL), str(root), f"oci:{debian.layout}:{image}"]
-
-    return {
-        "hostimaged": Contestant(prepare_ours, pull_ours),
-        "cfsctl": Contestant(prepare_theirs, pull_theirs),
-    }
-
-
-def run_scenario(scenario: Scenario, programs: dict[str, Contestant], rounds: int, work: Path) -> str:
-    """One line of results; the programs take turns at being first."""
-    results = {name: Measured() for name in programs}
-    for number in range(rounds):
-        for name in programs if number % 2 else reversed(programs):
-            root = work / f"{name}-{number}"
-            programs[name].prepare(root)
-            for image in scenario.before:
-                timed(programs[name].pull(root, image), None)
-            timed(programs[name].pull(root, scenario.image), results[name])
-            shutil.rmtree(root)
-    our, their = (statistics.median(measured.seconds) for measured in results.values())
-    peaks = (max(measured.peak_kib) / 1024 for measured in results.values())
-    memory = " ".join(f"{peak:7.0f} MiB" for peak in peaks)
-    return f"{scenario.name:28} {our:8.2f} s {their:8.2f} s {our / their:8.2f} {memory}"
+def pushed(stack: ExitStack, directory: Path, registries: Path, material: Material) -> str:
+    """Start a registry that has the Debian of eight gzip layers; its name there."""
+    registry = stack.enter_context(running_registry(directory))
+    registries.write_text(registry.registries_conf)
+    target = f"docker://{registry.host}/debian:latest"
+    copy = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false"]
+    subprocess.run([*copy, f"oci:{material.debian()}:eight-gzip", target], check=True)
+    return target
 
 
 def main() -> None:
     """Run the chosen scenarios and print a table."""
-    parser = argparse.ArgumentParser(description="pull benchmarks beside cfsctl")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each program per scenario")
-    parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="keeps the Debian image")
+    parser = argparse.ArgumentParser(description="benchmarks beside cfsctl")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each program per scenario")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="keeps the images")
+    parser.add_argument("--where", type=Path, help="where repositories are made [the cache]")
+    parser.add_argument("--list", action="store_true", help="print the names of all scenarios")
     parser.add_argument("scenario", nargs="*", help="only scenarios whose name contains one of these words")
     args = parser.parse_args()
     cfsctl = find("cfsctl")
     if cfsctl is None:
         raise SystemExit("cfsctl is not installed: nothing to compare with")
-    programs = contestants(cfsctl, prepare(args.cache.absolute() / "debian"))
-    print(f"{'pull':28} {'hostimaged':>10} {'cfsctl':>10} {'ratio':>8} {'peak memory (ours, theirs)':>24}")
-    with tempfile.TemporaryDirectory(dir=args.cache) as work:
-        for scenario in SCENARIOS:
-            if not args.scenario or any(word in scenario.name for word in args.scenario):
-                print(run_scenario(scenario, programs, args.rounds, Path(work)), flush=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    where = args.where or args.cache
+    with tempfile.TemporaryDirectory(dir=where) as directory, ExitStack() as stack:
+        work = Path(directory)
+        registries = work / "home/.config/containers/registries.conf"
+        registries.parent.mkdir(parents=True)
+        registries.touch()
+        material = Material(args.cache.absolute())
+        chosen = [
+            scenario
+            for scenario in scenarios(lambda m: pushed(stack, work / "registry", registries, m))
+            if not args.scenario or any(word in scenario.name for word in args.scenario)
+        ]
+        if args.list:
+            print(*(scenario.name for scenario in chosen), sep="\n")
+            return
+        print(f"{'':28} {'seconds':>17} {'':8} {'processor s':>19} {'peak MiB':>18}")
+        print(f"{'':28} {'ours':>8} {'cfsctl':>8} {'ratio':>8} {'ours':>10} {'cfsctl':>8}", end="")
+        print(f" {'ours':>9} {'cfsctl':>8}")
+        bench = Bench(material, (Ours(cfsctl, registries), Theirs(cfsctl, registries)), work, args.rounds)
+        for scenario in chosen:
+            print(bench.run(scenario), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JOB_INTERFACE
 from hostimage_testing import tars
 from hostimage_testing.bus import Client, Daemon
+from hostimage_testing.confinement import check_confined
 from hostimage_testing.faulty_registry import Fault, FaultyRegistry, Then
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import Layout
 from hostimage_testing.processes import Process, descendants
 from hostimaged.jobs.operations import CAPABILITIES, Profile
-from hostimaged.system.syscalls import Capability
 
 pytestmark = pytest.mark.interop
 
@@ -87,10 +87,6 @@ async def test_final_errors_are_told_at_once(
     assert told(client, path) == []
 
 
-def bits(capabilities: frozenset[Capability]) -> int:
-    return sum(1 << capability for capability in capabilities)
-
-
 async def test_processes_of_a_pull_are_confined(
     real_daemon: Daemon, client: Client, registry: FaultyRegistry, image: str
 ) -> None:
@@ -115,15 +111,3 @@ async def test_processes_of_a_pull_are_confined(
         await client.cancel(path)
     await client.removed(path)
     assert descendants(real_daemon.process.pid) == []
-
-
-def check_confined(process: Process, allowed: frozenset[Capability]) -> None:
-    assert Capability.SYS_ADMIN not in allowed
-    status = process.status()
-    if os.geteuid() == 0:
-        for kind in ("CapEff", "CapPrm", "CapBnd"):
-            assert int(status[kind], 16) == bits(allowed), (process.name, kind, status[kind])
-    for kind in ("CapInh", "CapAmb"):
-        assert int(status[kind], 16) & ~bits(allowed) == 0, (process.name, kind)
-    assert status["NoNewPrivs"] == "1", process.name
-    assert process.nice == min(os.nice(0) + 10, 19), process.name

@@ -142,6 +142,21 @@ async def test_full(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("scene", ["size=64m"], indirect=True)
+async def test_full_for_helpers(scene: Scene) -> None:
+    """An image that is large enough for helper processes: they are told the same, and tell it."""
+    noise = os.urandom(10 * MIB)
+    files = [tars.file(b"usr/noise%d" % n, noise[n * 10000 : (n + 1) * 10000]) for n in range(1000)]
+    files += [tars.file(b"usr/%d" % n, b"%016d" % n * 65536) for n in range(20)]
+    scene.layout.image("v1", [scene.layout.layer(tars.directory(b"usr") + b"".join(files) + tars.END)])
+    filler = scene.host.physical_root / "filler"
+    filler.write_bytes(bytes(44 * MIB))
+    message = await scene.refused(ErrorName.NO_SPACE)
+    assert "No space left on device" in message
+    filler.unlink()
+    await scene.works()
+
+
+@pytest.mark.parametrize("scene", ["size=64m"], indirect=True)
 async def test_too_large_to_begin_with(scene: Scene) -> None:
     """What cannot fit even compressed is not fetched."""
     tar = tars.directory(b"usr") + tars.file(b"usr/noise", os.urandom(8 * MIB)) + tars.END

@@ -1,4 +1,4 @@
-"""Random kills in the middle of pulls: worker, daemon and skopeo, from a layout and from a real registry.
+"""Random kills in the middle of pulls, from a layout and a real registry: worker, helper, daemon, skopeo.
 
 After each kill: whoever waits is told, no process is left, the repository is sound in the eyes of cfsctl, and
 the next pull succeeds. All the while a watcher looks at whatever has a name. Five kills by default, fifty
@@ -35,13 +35,14 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 SOAK = os.environ.get("HOSTIMAGE_SOAK") == "1"
 SEED = int(os.environ.get("HOSTIMAGE_SEED", "20240612"))
-KILLS = 50 if SOAK else 5
+KILLS = 50 if SOAK else 6
 #: Images of one repository, before a new one is begun.
 IMAGES = 6
 #: Who is killed while pulling from where.
 VICTIMS = [
     ("worker", "oci"),
     ("worker", "docker"),
+    ("helper", "oci"),
     ("daemon", "oci"),
     ("daemon", "docker"),
     ("skopeo", "docker"),
@@ -49,6 +50,7 @@ VICTIMS = [
 #: What may come of it. A skopeo that dies is started again; some are killed when all is done but the telling.
 ENDS = {
     "worker": {("failed", ErrorName.INTERNAL), ("done", "")},
+    "helper": {("failed", ErrorName.INTERNAL), ("done", "")},
     "daemon": {("failed", ErrorName.INTERNAL), ("done", "")},
     "skopeo": {("failed", ErrorName.NETWORK), ("done", "")},
 }
@@ -146,6 +148,8 @@ class Life:
             with suppress(OSError):
                 command = process.command
                 if victim == "skopeo" and process.name == "skopeo":
+                    return process.pid
+                if victim == "helper" and "store_helper" in command:
                     return process.pid
                 if victim == "worker" and "--profile pull" in command and process.name != "skopeo":
                     return process.pid

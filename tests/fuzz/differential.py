@@ -46,7 +46,8 @@ from hostimaged.errors import HostimageError, UnsupportedImage
 from hostimaged.ids import ConfigDigest, DiffId
 from hostimaged.oci import images
 from hostimaged.oci.filesystem import build_tree
-from hostimaged.oci.layer_import import import_layer, stream_name
+from hostimaged.oci.images import layer_stream
+from hostimaged.oci.layer_import import import_layer
 from hostimaged.progress import Silent
 
 HERE = Path(__file__).parent
@@ -281,7 +282,7 @@ def _describe(repository: Repository, layers: list[DiffId]) -> ConfigDigest:
     with repository.new_stream(ContentType.CONFIG) as writer:
         writer.external(repository.store_object(raw).id, len(raw))
         for layer in layers:
-            found = repository.has_stream(stream_name(layer))
+            found = repository.has_stream(layer_stream(layer))
             if found is None:
                 raise Difference("cfsctl stored no layer")
             writer.named_ref(str(layer), found)

@@ -26,7 +26,8 @@ from hostimaged.errors import UnsupportedImage
 from hostimaged.ids import DiffId
 from hostimaged.oci.decompress import decompressed
 from hostimaged.oci.filesystem import build_tree
-from hostimaged.oci.layer_import import import_layer, stream_name
+from hostimaged.oci.images import layer_stream
+from hostimaged.oci.layer_import import import_layer
 from hostimaged.progress import Silent
 
 pytestmark = pytest.mark.interop
@@ -112,7 +113,7 @@ def agree(reference: Reference, ours: Repository, layers: list[Layer]) -> None:
     assert ids == [reference.image_id(Format.V1), reference.image_id(Format.V2)]
     for layer in layers:
         info = json.loads(reference("oci", "layer", "--json", layer.diff_id).out)
-        with ours.open_stream(stream_name(DiffId(layer.diff_id))) as stream:
+        with ours.open_stream(layer_stream(DiffId(layer.diff_id))) as stream:
             assert stream.size == info["size"]
             assert len(stream.object_refs) == info["splitstream"]["externalObjects"]
             assert {id_.pathname for id_ in stream.object_refs} <= objects(reference.path)
@@ -140,7 +141,7 @@ def test_layers_give_the_same_objects(reference: Reference, ours: Repository, se
     done = import_layer(ours, [data], diff_id(data), Silent())
     reference("oci", "import-layer", str(done.diff_id), data=data)
     streams = {done.stream_id.pathname}
-    link = (reference.path / "streams" / stream_name(done.diff_id)).readlink()
+    link = (reference.path / "streams" / layer_stream(done.diff_id)).readlink()
     streams.add("/".join(link.parts[-2:]))
     # The streams themselves may be compressed by different versions of zstd.
     assert objects(ours.path) - streams == objects(reference.path) - streams
@@ -160,7 +161,7 @@ def test_each_reads_what_the_other_imported(reference: Reference, ours: Reposito
     reference("oci", "import-layer", str(done.diff_id), data=data)
     parts: list[bytes] = []
     with Repository.open(reference.path) as theirs:
-        with theirs.open_stream(stream_name(done.diff_id)) as stream:
+        with theirs.open_stream(layer_stream(done.diff_id)) as stream:
             splitstream.cat(stream, theirs, lambda piece: parts.append(bytes(piece)))
         again = import_layer(theirs, [data], done.diff_id, Silent())
     assert b"".join(parts) == data

@@ -20,7 +20,7 @@ from hostimaged.composefs.splitstream import ContentType
 from hostimaged.composefs.tree import BlockDevice, CharDevice, External, Fifo, Inline, Symlink, makedev
 from hostimaged.errors import HostimageError, UnsupportedImage
 from hostimaged.ids import DiffId
-from hostimaged.oci.entries import Entry, HardLink, read_entries
+from hostimaged.oci.entries import Entry, HardLink, KeptEntries, read_entries
 from hostimaged.oci.layer_import import ImportedLayer, import_layer
 from hostimaged.oci.paths import split_path
 from hostimaged.oci.tar import HeaderReader
@@ -36,8 +36,15 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
 
 
 def imported(repository: Repository, data: bytes, step: int) -> ImportedLayer:
+    """Import; what is kept of the entries is what is read back."""
     pieces = (data[at : at + step] for at in range(0, len(data), step))
-    return import_layer(repository, pieces, DiffId.of_hash(hashlib.sha256(data).hexdigest()), Silent())
+    diff_id = DiffId.of_hash(hashlib.sha256(data).hexdigest())
+    kept = KeptEntries()
+    layer = import_layer(repository, pieces, diff_id, Silent(), kept=kept)
+    taken = kept.take(layer.stream_id)
+    assert taken is not None
+    assert list(taken) == entries(repository, layer)
+    return layer
 
 
 def cat(repository: Repository, layer: ImportedLayer) -> bytes:

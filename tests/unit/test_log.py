@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +66,10 @@ def test_levels(level: str, shown: int) -> None:
     for name in ("debug", "info", "warning", "error"):
         getattr(logger, name)("event.happen")
     assert len(out.getvalue().splitlines()) == shown
+
+
+def test_what_only_terminals_need_is_not_imported() -> None:
+    """structlog takes rich along where it is installed; whoever wants it later still gets it."""
+    program = "import sys, hostimaged.log\nassert 'rich' not in sys.modules\nimport rich"
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True)

@@ -6,11 +6,10 @@ import asyncio
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from hostimage_dbus.transport import BusClosed, BusError
 from hostimaged.bus.polkit import Caller
 from hostimaged.errors import AccessDenied, LimitsExceeded
+from hostimaged.log import get_logger
 from hostimaged.system.units import unit_of_process
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ WAITING_PER_NAME: Final = 8
 #: Unique names are never used twice, so what was learned of one stays true.
 _REMEMBERED: Final = 1024
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 
 class Callers:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hostimaged.errors import InvalidArgs
 from hostimaged.jobs.job import now_usec
+from hostimaged.log import get_logger
 from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MAX_FILE: Final = 64 << 10
 #: The clock may be set and the machine may sleep, so the end is looked for this often, in seconds.
 _CHECK_INTERVAL: Final = 30.0
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 
 class _Hold(BaseModel):

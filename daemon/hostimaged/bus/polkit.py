@@ -15,12 +15,11 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from hostimage_dbus.transport import BUS, BusError, Variant
 from hostimaged.bus.authorization import Action
 from hostimaged.bus.limits import Slots
 from hostimaged.errors import AccessDenied, AuthorizationRequired, InvalidArgs
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -63,7 +62,7 @@ _MESSAGES: Final[Mapping[str, str]] = {
 #: Images that may stand in a message: some agents take markup in it, and a dialog has an end.
 _SHOWABLE: Final = re.compile(r"[A-Za-z0-9:/@.,_+\[\]-]{1,200}\Z")
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,6 @@ import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from hostimage_dbus.names import ROOT_PATH, job_path
 from hostimage_dbus.server import ObjectServer
 from hostimage_dbus.transport import BusError
@@ -27,6 +25,7 @@ from hostimaged.jobs.inhibitors import Inhibitors
 from hostimaged.jobs.logind import Logind
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from hostimaged.system.notify import Notifier
     from hostimaged.system.paths import HostPaths
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 
 class Service:

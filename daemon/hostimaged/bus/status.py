@@ -10,13 +10,12 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from hostimage_dbus.names import API_VERSION
 from hostimage_dbus.transport import Encoded, Variant
 from hostimaged.bus.findings import Findings, Problem
 from hostimaged.jobs.events import StatusEvent
 from hostimaged.jobs.operations import Scan
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = 1
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 _SIGNATURES: Final[dict[type, str]] = {str: "s", bool: "b", int: "t", list: "as"}
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hostimage_dbus.errors import ErrorName  # noqa: TC001 (pydantic reads annotations)
 from hostimage_dbus.names import JobState
+from hostimaged.log import get_logger
 from hostimaged.oci.links import is_web_page
 from hostimaged.oci.reference import MAX_LENGTH
 from hostimaged.system.durable import replace_file
@@ -36,7 +36,7 @@ _Line = Annotated[str, Field(max_length=MAX_LENGTH, pattern=r"^[^\x00-\x1f\x7f]*
 _Digest = Annotated[str, Field(max_length=128, pattern=r"^[a-z0-9:]*$")]
 _Size = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 
-_logger = structlog.get_logger("hostimaged.bus")
+_logger = get_logger("hostimaged.bus")
 
 
 def _hyphens(name: str) -> str:

@@ -143,6 +143,13 @@ class Hasher:
             self._push(b"".join([new(view[at : at + BLOCK]).digest() for at in blocks]))
         partial += view[end:]
 
+    def update_digested(self, size: int, digests: bytes) -> None:
+        """Feed whole blocks, ``size`` bytes, by what ``block_digests`` gave for them; after whole blocks."""
+        if self._partial or size % BLOCK or len(digests) != size // BLOCK * self._algorithm.digest_size:
+            raise ValueError("not the digests of whole blocks")
+        self.size += size
+        self._push(digests)
+
     def _push(self, digests: bytes) -> None:
         """Append ``digests`` to level 0 and hash every block that became full, up to the top."""
         new = self._algorithm.new
@@ -177,6 +184,13 @@ class Hasher:
                 levels[at + 1] += above
             at += 1
         return _descriptor_digest(algorithm, bytes(levels[at]), self.size)
+
+
+def block_digests(algorithm: Algorithm, buffer: Buffer) -> bytes:
+    """The digests of whole blocks, one after the other: the part of the work that can be done elsewhere."""
+    view = memoryview(buffer).cast("B")
+    new = algorithm.new
+    return b"".join([new(view[at : at + BLOCK]).digest() for at in range(0, len(view), BLOCK)])
 
 
 def digest(algorithm: Algorithm, buffer: Buffer) -> ObjectId:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from hostimage_dbus.names import JobState, Phase
 from hostimaged.jobs.logind import Inhibition, release
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,7 +31,7 @@ _PHASES: Final[Mapping[Phase, tuple[Inhibition, bool]]] = {
 #: States of a job whose worker may be working.
 _AT_WORK: Final = (JobState.RUNNING, JobState.FINALIZING, JobState.CANCELLING)
 
-_logger = structlog.get_logger("hostimaged.jobs")
+_logger = get_logger("hostimaged.jobs")
 
 
 def wanted(job: Job) -> Inhibition | None:

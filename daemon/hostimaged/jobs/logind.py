@@ -9,11 +9,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from hostimage_dbus.descriptors import call_for_descriptor
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.transport import BusError, Variant
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ _NOBODYS: Final = frozenset(
     {"greeter", "lock-screen", "background", "background-light", "manager", "manager-early", "none"}
 )
 
-_logger = structlog.get_logger("hostimaged.jobs")
+_logger = get_logger("hostimaged.jobs")
 
 
 @dataclass(frozen=True, slots=True)

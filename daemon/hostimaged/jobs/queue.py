@@ -9,8 +9,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import structlog
-
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState
 from hostimaged.errors import Busy, Cancelled, Held, Internal, JobNotCancellable, LimitsExceeded
@@ -30,6 +28,7 @@ from hostimaged.jobs.lanes import Lanes
 from hostimaged.jobs.process import Outcome, Worker
 from hostimaged.jobs.progress import INTERVAL
 from hostimaged.jobs.turns import Turns
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ QUEUED_PER_UID: Final = 8
 QUEUED_IN_ALL: Final = 64
 _USUAL: Final = Terms()
 
-_logger = structlog.get_logger("hostimaged.jobs")
+_logger = get_logger("hostimaged.jobs")
 
 
 class Observer(Protocol):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import structlog
-
 from hostimaged.errors import Internal
 from hostimaged.jobs.kinds import ACCESS, Access
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from hostimaged.jobs.lanes import Lanes
     from hostimaged.jobs.process import Worker
 
-_logger = structlog.get_logger("hostimaged.jobs")
+_logger = get_logger("hostimaged.jobs")
 
 
 class Turns:

@@ -104,13 +104,11 @@ def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, A
 
 
 def _log_failure(error: BaseException) -> None:
-    """The traceback, for the journal (structlog is imported only here: most workers never need it)."""
-    import structlog
-
+    """The traceback, for the journal (logging is imported only here: most workers never need it)."""
     from hostimaged import log
 
     log.configure("info")
-    structlog.get_logger("hostimaged.worker").error("worker.fail", exc_info=error)
+    log.get_logger("hostimaged.worker").error("worker.fail", exc_info=error)
 
 
 if __name__ == "__main__":

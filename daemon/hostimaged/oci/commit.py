@@ -10,11 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.composefs.erofs import build
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import CorruptRepository, ImageNotFound, VerityMismatch
 from hostimaged.oci import images
-from hostimaged.oci.filesystem import build_tree
 from hostimaged.oci.images import BOOT_REF, IMAGE_REFS, StoredJson
 from hostimaged.oci.models import parse_manifest
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Repository
     from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.progress import Reporter
 
 #: Named points of ``Reporter.at``, each before or after one effect on the repository.
@@ -52,11 +51,21 @@ class Contents:
 
 
 class Commit:
-    """Stores an image whose layers are there; ``changed`` says whether anything had to be written."""
+    """Stores an image whose layers are there; ``changed`` says whether anything had to be written.
 
-    def __init__(self, repository: Repository, contents: Contents, reporter: Reporter) -> None:
+    Entries of layers that are ``kept`` need not be read back.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        contents: Contents,
+        reporter: Reporter,
+        kept: KeptEntries | None = None,
+    ) -> None:
         self._repository = repository
         self._contents = contents
+        self._kept = kept
         self._reporter = reporter
         self.changed = False
         self.image_ids: dict[Format, ObjectId] = {}
@@ -105,7 +114,10 @@ class Commit:
         self._reporter.generating(done, len(wanted))
         if not missing:
             return
-        tree = build_tree(repository, [id_ for _, id_ in self._contents.layers])
+        from hostimaged.composefs.erofs import build
+        from hostimaged.oci.filesystem import build_tree
+
+        tree = build_tree(repository, [id_ for _, id_ in self._contents.layers], kept=self._kept)
         for kind in missing:
             self._reporter.at("image.built")
             self.image_ids[kind] = repository.write_image(build(tree, kind, repository.algorithm))

@@ -1,7 +1,8 @@
-"""The entries of a layer, read back from its splitstream (composefs-rs 0.9, splitstream)."""
+"""The entries of a layer: read back from its splitstream (composefs-rs 0.9), or kept from its import."""
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from hostimaged.composefs.tree import (
@@ -53,19 +54,94 @@ def read_entries(chunks: Iterable[bytes | ObjectId]) -> Iterator[Entry]:
     source = _Chunks(chunks)
     headers = tar.HeaderReader(source.inline)
     while (header := headers.read()) is not None:
-        yield _entry(header, source)
+        yield _entry(header, _content(header, source))
 
 
-def _entry(header: tar.TarHeader, source: _Chunks) -> Entry:
-    item = _item(header, source)
+class LayerEntries:
+    """Gathers the entries of a layer while it is imported, as ``read_entries`` would read them back.
+
+    Gives up beyond ``limit`` entries. One thread at a time.
+    """
+
+    __slots__ = ("_entries", "_external", "_limit", "ids")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._entries: list[Entry] | None = []
+        # Index and size of those whose content is an object.
+        self._external: list[tuple[int, int]] = []
+        #: The objects of the layer in order, one for each such content: for the importer to fill.
+        self.ids: list[ObjectId] = []
+
+    def add(self, header: tar.TarHeader, content: Buffer) -> None:
+        """Add the next entry; ``content`` is that of a file small enough to be inline."""
+        entries = self._entries
+        if entries is None:
+            return
+        if len(entries) == self._limit:
+            self._entries = None
+            return
+        if header.is_external:
+            self._external.append((len(entries), header.size))
+        entries.append(_entry(header, Inline(bytes(content))))
+
+    def finish(self) -> list[Entry] | None:
+        """The entries; None if there were too many."""
+        entries = self._entries
+        if entries is not None:
+            for (at, size), id_ in zip(self._external, self.ids, strict=True):
+                path, stat, _ = entries[at]
+                entries[at] = Entry(path, stat, External(id_, size))
+        return entries
+
+
+class KeptEntries:
+    """The entries of layers by stream id, for who needs them soon: see ``LayerEntries``.
+
+    ``limit`` bounds their number, and so memory: an entry takes about 500 bytes. Thread-safe.
+    """
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._lock = threading.Lock()
+        self._left = limit
+        self._layers: dict[ObjectId, list[Entry]] = {}
+
+    def gather(self) -> LayerEntries:
+        """For a layer that is being imported."""
+        return LayerEntries(self._left)
+
+    def keep(self, layer: ObjectId, gathered: LayerEntries) -> None:
+        """Keep the entries of an imported layer, if there is room."""
+        entries = gathered.finish()
+        with self._lock:
+            if entries is not None and len(entries) <= self._left and layer not in self._layers:
+                self._left -= len(entries)
+                self._layers[layer] = entries
+
+    def take(self, layer: ObjectId) -> Iterator[Entry] | None:
+        """The entries of a layer if they were kept; each is dropped as it is given."""
+        with self._lock:
+            entries = self._layers.pop(layer, None)
+        return _consumed(entries) if entries is not None else None
+
+
+def _consumed(entries: list[Entry]) -> Iterator[Entry]:
+    entries.reverse()
+    while entries:
+        yield entries.pop()
+
+
+def _entry(header: tar.TarHeader, content: Content) -> Entry:
+    """The entry; ``content`` counts for files only."""
+    item = _item(header, content)
     stat = Stat(header.mode, header.uid, header.gid, header.mtime, header.nsec, header.xattrs)
     return Entry(tuple(split_path(header.path)), stat, item)
 
 
-def _item(header: tar.TarHeader, source: _Chunks) -> Item:
+def _item(header: tar.TarHeader, content: Content) -> Item:
     match header.kind:
         case tar.REGULAR | tar.CONTIGUOUS:
-            return _content(header, source)
+            return content
         case tar.DIRECTORY:
             return None
         case tar.HARD_LINK:

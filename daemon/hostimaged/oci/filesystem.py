@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
     from hostimaged.composefs.tree import Node
     from hostimaged.ids import ObjectId
-    from hostimaged.oci.entries import Entry
+    from hostimaged.oci.entries import Entry, KeptEntries
 
 #: Entries of all layers of an image. Bounds memory: an entry takes about 450 bytes as a tree.
 MAX_ENTRIES: Final = 2_000_000
@@ -175,15 +175,23 @@ def _refuse(path: tuple[bytes, ...], why: str) -> NoReturn:
 
 
 def build_tree(
-    repository: Repository, layers: Sequence[ObjectId], xattrs: XattrMode = XattrMode.ALLOWLIST_ONLY
+    repository: Repository,
+    layers: Sequence[ObjectId],
+    xattrs: XattrMode = XattrMode.ALLOWLIST_ONLY,
+    kept: KeptEntries | None = None,
 ) -> Directory:
     """The tree of an image from the stream ids of its layers, lowest first.
 
-    The layers' digests are not verified again. Raises ``UnsupportedImage``, ``CorruptRepository``.
+    Entries that are ``kept`` are taken from there. The layers' digests are not verified again. Raises
+    ``UnsupportedImage``, ``CorruptRepository``.
     """
     builder = TreeBuilder(xattrs)
     with no_gc():
         for layer in layers:
+            if kept is not None and (entries := kept.take(layer)) is not None:
+                for entry in entries:
+                    builder.apply(entry)
+                continue
             with repository.open_stream("", layer, ContentType.LAYER) as stream:
                 for entry in read_entries(stream.chunks()):
                     builder.apply(entry)

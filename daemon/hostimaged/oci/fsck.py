@@ -24,8 +24,7 @@ from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import CorruptRepository, HostimageError, InvalidArgs, LimitsExceeded, from_os_error
 from hostimaged.ids import DiffId
 from hostimaged.oci import images
-from hostimaged.oci.images import TAGS, decode_tag
-from hostimaged.oci.layer_import import stream_name
+from hostimaged.oci.images import TAGS, decode_tag, layer_stream
 from hostimaged.oci.models import MAX_CONFIG, MAX_MANIFEST, ImageConfig, parse_manifest
 
 if TYPE_CHECKING:
@@ -234,7 +233,7 @@ class _ImageCheck:
             self._note(Kind.LAYER_REF_MISSING, text)
             return
         try:
-            name = stream_name(DiffId(text))
+            name = layer_stream(DiffId(text))
         except InvalidArgs as error:
             self._note(Kind.LAYER_CHECK_FAILED, f"{text}: {error.message}")
             return

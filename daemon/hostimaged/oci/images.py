@@ -21,7 +21,7 @@ from hostimaged.errors import (
     NotSupported,
     printable,
 )
-from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId, OciDigest
+from hostimaged.ids import ConfigDigest, DiffId, ManifestDigest, ObjectId, OciDigest
 from hostimaged.oci.models import (
     MAX_CONFIG,
     MAX_MANIFEST,
@@ -49,6 +49,7 @@ IMAGE_REFS: Final[Mapping[Format, str]] = {
 BOOT_REF: Final = "composefs.image.boot"
 _MANIFEST: Final = "oci-manifest-"
 _CONFIG: Final = "oci-config-"
+_LAYER: Final = "oci-layer-"
 _CONFIG_REF: Final = "config:"
 _ESCAPE: Final = re.compile("%2F|%25")
 _VERSION: Final = "org.opencontainers.image.version"
@@ -57,6 +58,11 @@ _VERSION: Final = "org.opencontainers.image.version"
 def manifest_stream(digest: ManifestDigest) -> str:
     """Stream name of a manifest."""
     return f"{_MANIFEST}{digest}"
+
+
+def layer_stream(diff_id: DiffId) -> str:
+    """Stream name of a layer."""
+    return f"{_LAYER}{diff_id}"
 
 
 def config_stream(digest: ConfigDigest) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,13 +11,14 @@ from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
 from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
-from hostimaged.oci.layer_import import import_layer, stream_name
+from hostimaged.oci.images import layer_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from hostimaged.composefs.repository import Repository
+    from hostimaged.composefs.repository import Repository, StorePool
     from hostimaged.ids import ObjectId
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
     from hostimaged.oci.source import ImageSource
     from hostimaged.progress import Phase, Reporter
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = ("layer.verified", "layer.stored")
 
 
+#: Bytes to fetch, compressed, from which on helpers save more time than they take to start.
+_WORTH_HELPERS: Final = 8 << 20
+#: Processors that are used at most: storage feeds no more, and each takes a helper and a layer of some 30 MB.
+_MAX_PROCESSORS: Final = 8
 #: Type of a layer that is a bare tar.
 UNCOMPRESSED: Final = "application/vnd.oci.image.layer.v1.tar"
 
@@ -43,18 +47,23 @@ class LayerPlan:
     content_type: ContentType
 
     @property
+    def is_bare(self) -> bool:
+        """Whether the blob has the digest of the tar: then it is the tar, and its source verifies both."""
+        return self.descriptor.digest == str(self.id)
+
+    @property
     def media_type(self) -> str:
         """How the blob is to be read.
 
-        One whose digest is that of the tar is the tar, whatever its descriptor says: skopeo copies images out
-        of containers-storage uncompressed, and leaves the types in the manifest as they were.
+        A bare tar is one whatever its descriptor says: skopeo copies images out of containers-storage
+        uncompressed, and leaves the types in the manifest as they were.
         """
-        return UNCOMPRESSED if self.descriptor.digest == str(self.id) else self.descriptor.media_type
+        return UNCOMPRESSED if self.is_bare else self.descriptor.media_type
 
     @property
     def stream(self) -> str:
         """Its stream name."""
-        return stream_name(self.id)
+        return layer_stream(self.id)
 
 
 def plan_layers(manifest: Manifest, config: ImageConfig | None) -> tuple[LayerPlan, ...]:
@@ -107,21 +116,38 @@ def stored_layer(repository: Repository, plan: LayerPlan) -> ObjectId | None:
 
 
 def fetch_layers(
-    repository: Repository, source: ImageSource, plans: Sequence[LayerPlan], reporter: StoppableReporter
+    repository: Repository,
+    source: ImageSource,
+    plans: Sequence[LayerPlan],
+    reporter: StoppableReporter,
+    kept: KeptEntries | None = None,
 ) -> dict[DiffId, ObjectId]:
-    """Fetch and store ``plans``, each of another id, as many at once as there are processors; their stream
-    ids.
+    """Fetch and store ``plans``, each of another id, as many at once as processors are used; their stream
+    ids. The entries of the layers are put into ``kept``.
 
     The largest come first, so that the last ones to end are short. Every layer that is named is complete and
     verified, whatever happens to the others. The first error stops the rest and is raised.
     """
     if not plans:
         return {}
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from hostimaged.composefs.repository import StorePool
+
     ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
-    workers = min(os.cpu_count() or 1, len(ordered))
+    processors = min(len(os.sched_getaffinity(0)), _MAX_PROCESSORS)
+    helpers = processors - 1
+    if sum(plan.descriptor.size for plan in plans) < _WORTH_HELPERS:
+        helpers = 0
+    workers = min(processors, len(ordered))
     found: dict[DiffId, ObjectId] = {}
-    with ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool:
-        futures = {pool.submit(_fetch, repository, source, plan, reporter): plan for plan in ordered}
+    with (
+        StorePool(repository, helpers) as store,
+        ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool,
+    ):
+        futures = {
+            pool.submit(_fetch, repository, source, plan, reporter, store, kept): plan for plan in ordered
+        }
         try:
             for future in as_completed(futures):
                 found[futures[future].id] = future.result()
@@ -134,13 +160,21 @@ def fetch_layers(
 
 
 def _fetch(
-    repository: Repository, source: ImageSource, plan: LayerPlan, reporter: StoppableReporter
+    repository: Repository,
+    source: ImageSource,
+    plan: LayerPlan,
+    reporter: StoppableReporter,
+    store: StorePool,
+    kept: KeptEntries | None,
 ) -> ObjectId:
     with source.blob(plan.descriptor) as chunks:
         counted = _counted(chunks, reporter)
         if plan.content_type is ContentType.LAYER:
+            from hostimaged.oci.layer_import import import_layer
+
             pieces = decompressed(plan.media_type, counted, limit=DEFAULT_LIMIT)
-            return import_layer(repository, pieces, plan.id, reporter).stream_id
+            layer = import_layer(repository, pieces, plan.id, reporter, store, kept, verified=plan.is_bare)
+            return layer.stream_id
         return _store_blob(repository, counted, plan)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Verity
     from hostimaged.ids import ConfigDigest, DiffId, ObjectId, SourceDigest
+    from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.layers import LayerPlan
     from hostimaged.oci.models import ImageConfig, Manifest
     from hostimaged.oci.reference import ImageReference
@@ -184,6 +185,8 @@ class _Pull:
         self._repository = repository
         self._reference = reference
         self._reporter = reporter
+        # A layer that was just imported need not be read back.
+        self._kept: KeptEntries | None = None
 
     def fetch(
         self, source: ImageSource, expect_digest: str | None
@@ -192,7 +195,11 @@ class _Pull:
         image = self._resolve(source, expect_digest)
         self._reporter.at("pull.resolved")
         self._begin(image)
-        fetched = fetch_layers(self._repository, source, image.missing, self._reporter)
+        if image.missing and image.config is not None:
+            from hostimaged.oci.entries import KeptEntries
+
+            self._kept = KeptEntries()
+        fetched = fetch_layers(self._repository, source, image.missing, self._reporter, self._kept)
         return image, image.stored | fetched
 
     def commit(self, image: _Resolved, found: dict[DiffId, ObjectId]) -> PullResult:
@@ -207,7 +214,7 @@ class _Pull:
             tuple((str(plan.id), found[plan.id]) for plan in image.plans),
             artifact=image.config is None,
         )
-        commitment = Commit(self._repository, contents, self._reporter)
+        commitment = Commit(self._repository, contents, self._reporter, self._kept)
         commitment.run()
         return self._result(image, commitment)
 

@@ -118,22 +118,27 @@ def running_bus(directory: Path) -> Iterator[Bus]:
 
 
 class Daemon:
-    """A daemon process on ``bus`` for a root of its own; ``scripted``: with scripted workers."""
+    """A daemon process on ``bus`` for a root of its own.
 
-    def __init__(self, bus: Bus, root: Path, *, scripted: bool = True) -> None:
+    ``scripted``: with scripted workers; ``program``: started by these arguments of the interpreter.
+    """
+
+    def __init__(
+        self, bus: Bus, root: Path, *, scripted: bool = True, program: Sequence[str] | None = None
+    ) -> None:
         self.bus = bus
         self.root = root
         self.log = root.parent / f"{root.name}.log"
-        self._scripted = scripted
+        shipped = [str(HERE / "scripted_daemon.py")] if scripted else ["-m", "hostimaged"]
+        self._program = shipped if program is None else program
         self.process: subprocess.Popen[bytes] | None = None
 
     def spawn(self, **environment: str) -> subprocess.Popen[bytes]:
         """Start it; at once its exec is done."""
         self.root.mkdir(exist_ok=True)
-        program = [str(HERE / "scripted_daemon.py")] if self._scripted else ["-m", "hostimaged"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program, "--root", str(self.root)],
+                [sys.executable, *self._program, "--root", str(self.root)],
                 env=os.environ
                 | {
                     "DBUS_SYSTEM_BUS_ADDRESS": self.bus.address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hostimaged.composefs.fsverity import (
     Algorithm,
     FsVerityError,
     Hasher,
+    block_digests,
     digest,
     digest_fd,
     parse_hex,
@@ -234,3 +236,30 @@ def test_pathname_ignores_what_stands_before(algorithm: Algorithm, prefix: str) 
 def test_bad_pathname(text: str) -> None:
     with pytest.raises(FsVerityError):
         parse_pathname(SHA256, text)
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("size", [4096, 4097, 600_000, 1 << 20])
+def test_blocks_hashed_elsewhere(algorithm: Algorithm, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    whole = size - size % 4096
+    hasher = Hasher(algorithm)
+    for at in range(0, whole, 65_536):
+        piece = data[at : min(at + 65_536, whole)]
+        if at % 131_072:
+            hasher.update(piece)
+        else:
+            hasher.update_digested(len(piece), block_digests(algorithm, piece))
+    hasher.update(data[whole:])
+    assert hasher.finish() == digest(algorithm, data)
+
+
+def test_digests_that_do_not_fit_are_refused() -> None:
+    hasher = Hasher(Algorithm.SHA256)
+    with pytest.raises(ValueError, match="whole blocks"):
+        hasher.update_digested(8192, bytes(32))
+    with pytest.raises(ValueError, match="whole blocks"):
+        hasher.update_digested(100, bytes(32))
+    hasher.update(b"x")
+    with pytest.raises(ValueError, match="whole blocks"):
+        hasher.update_digested(4096, bytes(32))

@@ -22,7 +22,7 @@ from hostimaged.composefs.tree import (
 )
 from hostimaged.errors import CorruptRepository, UnsupportedImage
 from hostimaged.ids import DiffId, ObjectId
-from hostimaged.oci.entries import Entry, HardLink, read_entries
+from hostimaged.oci.entries import Entry, HardLink, KeptEntries, read_entries
 from hostimaged.oci.layer_import import import_layer
 from hostimaged.progress import Silent
 
@@ -150,6 +150,27 @@ def test_vectors_of_composefs_rs(tmp_path: Path) -> None:
     assert [entry.item for entry in found] == expected
     assert [entry.stat.mode for entry in found] == [0o700] * 4
     assert digest(Algorithm.SHA256, bytes(4096)).hex() == ids[4096]
+
+
+def test_entries_of_an_import_are_kept_within_a_limit(tmp_path: Path) -> None:
+    layers = [
+        b"".join(tars.file(b"%d" % n, bytes(n * 50)) for n in range(at, at + 3)) + tars.END for at in range(3)
+    ]
+    made, _ = Repository.init(tmp_path / "repo", algorithm=Algorithm.SHA256, verity=Verity.OPPORTUNISTIC)
+    kept = KeptEntries(limit=7)
+    with made as repository:
+        ids = []
+        for data in layers:
+            diff_id = DiffId.of_hash(Algorithm.SHA256.new(data).hexdigest())
+            ids.append(import_layer(repository, [data], diff_id, Silent(), kept=kept).stream_id)
+        for id_ in ids[:2]:
+            with repository.open_stream("", id_) as stream:
+                expected = list(read_entries(stream.chunks()))
+            taken = kept.take(id_)
+            assert taken is not None
+            assert list(taken) == expected
+            assert kept.take(id_) is None
+        assert kept.take(ids[2]) is None
 
 
 def test_a_header_in_a_million_chunks_takes_no_longer_than_they_do() -> None:

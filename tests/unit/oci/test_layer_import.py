@@ -1,13 +1,13 @@
-"""Importing layers: the bytes come back, the digest decides, errors and threads end where they should."""
+"""Importing layers: the bytes come back, the digest decides, errors end what they should."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-import threading
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,13 @@ import pytest
 from hostimage_testing import tars
 from hostimaged.composefs import splitstream
 from hostimaged.composefs.fsverity import Algorithm, digest
-from hostimaged.composefs.repository import ObjectWriter, Repository, Verity
+from hostimaged.composefs.repository import ObjectWriter, Repository, StorePool, Verity
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, DigestMismatch, NetworkError, NoSpace, UnsupportedImage
 from hostimaged.ids import DiffId
-from hostimaged.oci import layer_parts
-from hostimaged.oci.layer_import import ImportedLayer, import_layer, stream_name
+from hostimaged.oci import layer_parts, layer_store
+from hostimaged.oci.images import layer_stream
+from hostimaged.oci.layer_import import ImportedLayer, import_layer
 from hostimaged.progress import Silent
 
 NOISE = random.Random(1).randbytes(3_000_000)
@@ -43,8 +44,10 @@ def cut(data: bytes, step: int) -> Iterator[bytes]:
         yield data[at : at + step]
 
 
-def imported(repository: Repository, data: bytes, step: int = 100_000) -> ImportedLayer:
-    return import_layer(repository, cut(data, step), diff_id(data), Silent())
+def imported(
+    repository: Repository, data: bytes, step: int = 100_000, pool: StorePool | None = None
+) -> ImportedLayer:
+    return import_layer(repository, cut(data, step), diff_id(data), Silent(), pool)
 
 
 def cat(repository: Repository, layer: ImportedLayer) -> bytes:
@@ -69,7 +72,7 @@ def test_the_tar_comes_back_bit_for_bit(repository: Repository, step: int) -> No
     data = archive()
     layer = imported(repository, data, step)
     assert cat(repository, layer) == data
-    assert repository.has_stream(stream_name(layer.diff_id)) == layer.stream_id
+    assert repository.has_stream(layer_stream(layer.diff_id)) == layer.stream_id
     assert (layer.size, layer.entries) == (len(data), len(CONTENT) + 2)
     large = [size for size in CONTENT if size > 64]
     assert (layer.objects_new, layer.bytes_new) == (len(large), sum(large))
@@ -77,9 +80,37 @@ def test_the_tar_comes_back_bit_for_bit(repository: Repository, step: int) -> No
     assert layer.inline_bytes == len(data) - sum(large)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("step", [1000, 100_000, 1 << 30])
+def test_helpers_store_the_same(repository: Repository, processes: int, step: int) -> None:
+    small = [tars.file(b"s%d" % n, NOISE[n : n * 7 % 5000 + 70]) for n in range(700)]
+    data = b"".join(small[:350]) + archive()[: -len(tars.END) - 13] + b"".join(small[350:]) + tars.END
+    with StorePool(repository, processes) as pool:
+        layer = imported(repository, data, step, pool)
+        again = imported(repository, data, step, pool)
+    assert cat(repository, layer) == data
+    alone = imported(repository, data)
+    assert again == replace(
+        layer,
+        objects_new=0,
+        bytes_new=0,
+        objects_present=alone.objects_present,
+        bytes_present=alone.bytes_present,
+    )
+    assert alone == again
+
+
+def test_what_waits_for_a_helper_is_bounded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_store, "_WAITING", 10_000)
+    data = tars.file(b"f", NOISE[:100]) + b"".join(tars.file(b"i%d" % n, b"inline") for n in range(100))
+    data += tars.END + bytes(1 << 20)
+    with StorePool(repository, 1) as pool:
+        assert cat(repository, imported(repository, data, 5000, pool)) == data
+
+
 def test_contents_become_objects_in_order(repository: Repository) -> None:
     layer = imported(repository, archive())
-    with repository.open_stream(stream_name(layer.diff_id)) as stream:
+    with repository.open_stream(layer_stream(layer.diff_id)) as stream:
         expected = [digest(repository.algorithm, NOISE[-size:]) for size in CONTENT if size > 64]
         assert list(stream.object_refs) == expected
 
@@ -187,7 +218,7 @@ class Endless:
     """An endless archive of one endless file, which notices that it was closed."""
 
     def __init__(self) -> None:
-        self.closed_in = ""
+        self.closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         yield tars.header(b"endless", tars.base256(1 << 40, 12))
@@ -195,15 +226,15 @@ class Endless:
             yield NOISE[: 1 << 20]
 
     def close(self) -> None:
-        self.closed_in = threading.current_thread().name
+        self.closed = True
 
 
 @pytest.mark.parametrize("point", ["layer.read", "layer.store"])
-def test_cancelling_stops_both_threads(repository: Repository, point: str) -> None:
+def test_cancelling_stops_the_source(repository: Repository, point: str) -> None:
     pieces = Endless()
     with pytest.raises(Cancelled):
         import_layer(repository, pieces, diff_id(b""), Stops(point, 20, Cancelled()))
-    assert pieces.closed_in.startswith("layer ")
+    assert pieces.closed
     assert repository.streams() == []
 
 
@@ -213,10 +244,11 @@ def test_cancelling_before_the_name(repository: Repository) -> None:
     assert repository.streams() == []
 
 
-def test_several_layers_at_once(repository: Repository) -> None:
-    tar_files = [tars.file(b"f%d" % n, NOISE[n * 1000 :]) + archive() for n in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        layers = list(pool.map(lambda data: imported(repository, data), tar_files))
+@pytest.mark.parametrize("processes", [0, 1, 3])
+def test_several_layers_at_once(repository: Repository, processes: int) -> None:
+    tar_files = [tars.file(b"f%d" % n, NOISE[n * 1000 :]) + archive() for n in range(6)]
+    with StorePool(repository, processes) as store, ThreadPoolExecutor(6) as pool:
+        layers = list(pool.map(lambda data: imported(repository, data, pool=store), tar_files))
     assert [cat(repository, layer) for layer in layers] == tar_files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from hostimage_testing import tars
 from hostimaged.composefs.repository import Repository, Verity
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.errors import Cancelled, NetworkError, UnsupportedImage
+from hostimaged.errors import Cancelled, DigestMismatch, NetworkError, UnsupportedImage
 from hostimaged.ids import DiffId
 from hostimaged.oci.layers import (
     LayerPlan,
@@ -24,6 +25,7 @@ from hostimaged.oci.layers import (
     stored_layer,
 )
 from hostimaged.oci.models import CONFIG_TYPE, Descriptor, ImageConfig, Manifest
+from hostimaged.oci.source import verified
 from hostimaged.progress import Silent
 
 TAR = "application/vnd.oci.image.layer.v1.tar"
@@ -102,7 +104,7 @@ class Source:
     def blob(self, wanted: Descriptor) -> Iterator[Iterator[bytes]]:
         self.opened.append(wanted.digest)
         try:
-            yield self._chunks(wanted.digest)
+            yield verified(self._chunks(wanted.digest), wanted, "layer")
         finally:
             self.closed.append(wanted.digest)
 
@@ -160,7 +162,7 @@ def test_stream_of_another_kind_is_no_layer(repository: Repository) -> None:
 
 def test_first_error_stops_the_rest(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread in the middle of its layer ends at its next named point."""
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     datas = [layer(bytes([letter]), 4000 - letter) for letter in b"abcd"]
     source = Source(*datas)
     plans = [plan(data) for data in datas]
@@ -182,6 +184,31 @@ def test_first_error_stops_the_rest(repository: Repository, monkeypatch: pytest.
         fetch_layers(repository, source, plans, Watching(Silent()))  # type: ignore[arg-type]
     assert sorted(source.closed) == sorted(source.opened)
     assert repository.has_stream(plans[1].stream) is None, "the other one was stopped before its name"
+
+
+@pytest.mark.parametrize("offset", [600, -1], ids=["content", "after the end marker"])
+@pytest.mark.parametrize("media_type", [TAR, TAR + "+gzip"])
+def test_a_bare_tar_with_flipped_bits_gets_no_name(
+    repository: Repository, media_type: str, offset: int
+) -> None:
+    """Its digest is computed once, by the source: a difference in the very last byte counts all the same."""
+    data = layer(b"a", 5000)
+    wrong = bytearray(data)
+    wrong[offset] ^= 1
+    wanted = plan(data, media_type)
+    source = Source()
+    source.blobs[wanted.descriptor.digest] = bytes(wrong)
+    with pytest.raises(DigestMismatch):
+        fetch_layers(repository, source, [wanted], StoppableReporter(Silent()))  # type: ignore[arg-type]
+    assert repository.streams() == []
+
+
+def test_a_compressed_layer_with_a_lying_diff_id_gets_no_name(repository: Repository) -> None:
+    data = gzip.compress(layer(b"a", 5000))
+    wanted = LayerPlan(descriptor(data, TAR + "+gzip"), DiffId("sha256:" + "1" * 64), ContentType.LAYER)
+    with pytest.raises(DigestMismatch):
+        fetch_layers(repository, Source(data), [wanted], StoppableReporter(Silent()))  # type: ignore[arg-type]
+    assert repository.streams() == []
 
 
 def test_stoppable_reporter() -> None:

@@ -12,6 +12,7 @@ from hostimaged.composefs.repository.metadata import (
 )
 from hostimaged.composefs.repository.objects import ObjectMissing, ObjectWriter, Stored
 from hostimaged.composefs.repository.repository import DEFAULT_LOCK_TIMEOUT, Repository, StreamMissing
+from hostimaged.composefs.repository.store_pool import PoolWriter, Slot, StorePool
 from hostimaged.composefs.repository.verity import VerityUnavailable
 
 __all__ = [
@@ -22,8 +23,11 @@ __all__ = [
     "ObjectMissing",
     "ObjectWriter",
     "OldRepository",
+    "PoolWriter",
     "Repository",
     "RepositoryMissing",
+    "Slot",
+    "StorePool",
     "Stored",
     "StreamMissing",
     "Verity",

@@ -270,9 +270,16 @@ class ObjectWriter:
         self._hasher = fsverity.Hasher(algorithm)
         self._new = new
 
-    def write(self, buffer: Buffer) -> None:
-        """Append ``buffer``; pieces that are multiples of 4096 bytes are the fastest."""
-        self._hasher.update(buffer)
+    def write(self, buffer: Buffer, digests: bytes = b"") -> None:
+        """Append ``buffer``; pieces that are multiples of 4096 bytes are the fastest.
+
+        ``digests`` are those of its blocks (``fsverity.block_digests``) if the caller has computed them, for
+        whole blocks after whole blocks.
+        """
+        if digests:
+            self._hasher.update_digested(len(buffer), digests)
+        else:
+            self._hasher.update(buffer)
         try:
             write_all(self._new.fd, buffer)
         except OSError as error:
