@@ -28,8 +28,10 @@ LogLevel = Literal["debug", "info", "notice", "warning", "error"]
 class Settings(BaseModel):
     """What an administrator can set; names in the files have hyphens.
 
-    ``tracked_image``: the image that is meant where a call names none. ``verity``: whether a new repository
-    may be on a file system without fs-verity. ``lock_timeout``: seconds a job waits for a lock.
+    ``tracked_image``: the image that is meant where a call names none and no deployment tells. ``verity``:
+    whether a new repository may be on a file system without fs-verity. ``lock_timeout``: seconds a job waits
+    for a lock. ``max_live_entries``: deployments in the boot menu; beyond two, pinned ones get an entry, and
+    bootc refuses to roll back.
     """
 
     model_config = ConfigDict(
@@ -43,6 +45,8 @@ class Settings(BaseModel):
     verity: Literal["require", "opportunistic"] = "require"
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
     log_level: LogLevel = "info"
+    #: Entries of the boot menu: bootc's rollback insists on two.
+    max_live_entries: int = Field(default=2, ge=2, le=10)
 
 
 @dataclass(frozen=True, slots=True)

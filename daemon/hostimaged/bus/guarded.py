@@ -10,7 +10,18 @@ from hostimaged.bus.requests import make_request
 from hostimaged.bus.unbuilt import refuse_unbuilt
 from hostimaged.errors import Internal
 from hostimaged.jobs.job import Initiator, Terms
-from hostimaged.jobs.operations import Check, Pull
+from hostimaged.jobs.operations import (
+    Check,
+    Delete,
+    KernelArguments,
+    Pin,
+    Pull,
+    Rollback,
+    Stage,
+    Switch,
+    Unstage,
+    Upgrade,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -71,6 +82,7 @@ class GuardedMethods:
                 background=options.get("background", False),
                 allow_metered=options.get("allow-metered", False),
                 allow_on_battery=options.get("allow-on-battery", False),
+                reboot=options.get("apply") == "reboot",
             ),
             queue=options.get("queue", True),
             join=not options.get("no-join", False),
@@ -80,15 +92,43 @@ class GuardedMethods:
 
 def operation_of(request: Request, settings: Settings) -> Operation:
     """The worker's operation for a request that starts a job."""
+    options = request.options
+    waits: dict[str, Any] = {"lock_timeout": settings.lock_timeout}
+    staging: dict[str, Any] = {
+        "download_only": options.get("download-only", False),
+        "allow_downgrade": options.get("allow-downgrade", False),
+        "max_entries": settings.max_live_entries,
+    }
+    fetching: dict[str, Any] = {"expect_digest": options.get("expect-digest"), "verity": settings.verity}
     match request.member:
         case Member.CHECK:
             return Check(reference=request.reference)
         case Member.PULL:
-            return Pull(
-                reference=request.reference,
-                expect_digest=request.options.get("expect-digest"),
-                verity=settings.verity,
-                lock_timeout=settings.lock_timeout,
+            return Pull(reference=request.reference, **fetching, **waits)
+        case Member.UPGRADE:
+            downloaded = options.get("from-downloaded", False)
+            return Upgrade(
+                reference=request.reference, from_downloaded=downloaded, **fetching, **staging, **waits
             )
+        case Member.SWITCH:
+            return Switch(reference=request.reference, **fetching, **staging, **waits)
+        case Member.STAGE:
+            return Stage(manifest_digest=request.digest, reference=request.reference, **staging, **waits)
+        case Member.ROLLBACK:
+            return Rollback(**waits)
+        case Member.CANCEL_ROLLBACK:
+            return Rollback(action="cancel", **waits)
+        case Member.MAKE_DEFAULT:
+            return Rollback(action="default", deployment=request.deployment, **waits)
+        case Member.UNSTAGE:
+            return Unstage(**waits)
+        case Member.DELETE:
+            return Delete(deployment=request.deployment, **waits)
+        case Member.SET_PINNED:
+            (pinned,) = request.arguments
+            return Pin(deployment=request.deployment, pinned=pinned, **waits)
+        case Member.SET_KERNEL_ARGUMENTS:
+            add, remove = request.arguments
+            return KernelArguments(add=add, remove=remove, **waits)
         case _:
             raise Internal

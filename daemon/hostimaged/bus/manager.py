@@ -9,7 +9,6 @@ from hostimage_dbus.names import MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.server import Export, Handler, ObjectServer
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.options import check_string, parse_options
-from hostimaged.bus.unbuilt import refuse_unbuilt_format
 from hostimaged.errors import InvalidArgs
 
 if TYPE_CHECKING:
@@ -92,7 +91,8 @@ class Manager:
     def _get_status(self, call: MethodCall) -> Encoded:
         form, options = call.body
         parse_options(Member.GET_STATUS, options)
-        refuse_unbuilt_format(form)
+        if form == "bootc-v1":
+            return self._status.bootc_document
         if form != "native":
             raise InvalidArgs(f"there is no status format {form[:32]!a}")
         return self._model.answer()

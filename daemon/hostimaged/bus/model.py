@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState
+from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState, Phase
 from hostimage_dbus.transport import Encoded
 from hostimaged import __version__
 from hostimaged.bus.findings import Problem
@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from hostimaged.jobs.queue import JobQueue
 
 #: What the daemon is doing while a job of this kind runs (property State).
-STATES: Final = {"check": "checking", "pull": "pulling"}
+STATES: Final = {
+    "check": "checking",
+    "pull": "pulling",
+    "upgrade": "pulling",
+    "switch": "pulling",
+    "stage": "staging",
+    "kargs": "staging",
+    "rollback": "staging",
+    "unstage": "staging",
+    "pin": "staging",
+    "recover": "staging",
+    "delete": "collecting",
+}
 
 
 class Model:
@@ -72,17 +84,31 @@ class Model:
 
     @property
     def tracked_image(self) -> str:
-        """The image of the settings, "" if none."""
-        return self.settings.tracked_image
+        """The image that updates follow: what is staged, else what runs came from it; else the settings'."""
+        rows = self._status.findings.deployments
+        staged = next((row.image for row in rows if row.staged), "")
+        return staged or next((row.image for row in rows if row.booted), "") or self.settings.tracked_image
 
     @property
     def images(self) -> Sequence[ImageRow]:
         """The images in the repository."""
         return self._status.findings.images
 
+    @property
+    def deployed(self) -> dict[str, str]:
+        """Names of the images of deployments, by manifest digest."""
+        return {row.image_digest: row.image for row in self._status.findings.deployments if row.image_digest}
+
     def is_deployment(self, path: str) -> bool:
         """Whether there is a deployment at an object path."""
         return path in self._deployments
+
+    @property
+    def reboot_required(self) -> bool:
+        """Whether a reboot would start something else than what runs."""
+        findings = self._status.findings
+        staged = any(row.staged and not row.locked for row in findings.deployments)
+        return staged or findings.rollback_queued
 
     # what is told
 
@@ -99,15 +125,14 @@ class Model:
         """All other properties as they are now."""
         active = self._queue.active
         findings = self._status.findings
-        staged = self._deployments.which("staged")
         return {
             "State": self._state(),
             "ActiveJob": active.path if active else NO_OBJECT,
             "QueuedJobs": [job.path for job in self._queue.waiting],
             "Booted": self._deployments.which("booted"),
-            "Staged": staged,
+            "Staged": self._deployments.which("staged"),
             "RollbackTarget": self._deployments.which("is_rollback"),
-            "RebootRequired": staged != NO_OBJECT or findings.rollback_queued,
+            "RebootRequired": self.reboot_required,
             "RollbackQueued": findings.rollback_queued,
             "TrackedImage": self.tracked_image,
             "Update": to_variants(self._update()),
@@ -140,7 +165,8 @@ class Model:
     def _state(self) -> str:
         active = self._queue.active
         if active is not None:
-            return STATES[active.kind]
+            # An update pulls, then stages.
+            return "staging" if active.phase is Phase.STAGING else STATES[active.kind]
         held = any(job.state is JobState.HELD for job in self._queue.waiting)
         return "held" if held else "idle"
 

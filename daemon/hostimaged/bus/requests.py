@@ -58,11 +58,15 @@ class World(Protocol):
 
     @property
     def tracked_image(self) -> str:
-        """The image of the settings, "" if none."""
+        """The image that updates follow, "" if none."""
 
     @property
     def images(self) -> Sequence[ImageRow]:
         """The images in the repository."""
+
+    @property
+    def deployed(self) -> Mapping[str, str]:
+        """Names of the images of deployments, by manifest digest."""
 
     def is_deployment(self, path: str) -> bool:
         """Whether there is a deployment at an object path."""
@@ -122,7 +126,7 @@ def make_request(member: Member, body: Sequence[Any], world: World, deployment: 
 
 def _reference(image: str, world: World) -> str:
     if not image and not world.tracked_image:
-        raise InvalidArgs("no image is named, and tracked-image is not set")
+        raise InvalidArgs("no image is named, no deployment tells of one, and tracked-image is not set")
     return str(ImageReference.parse(image or world.tracked_image))
 
 
@@ -148,10 +152,17 @@ def _stage(options: Mapping[str, Any], image: str, world: World) -> Request:
     expected = options.get("expect-digest", digest)
     if expected not in (digest, row.source_digest):
         raise InvalidArgs(f"the image is {digest}, not the expected {expected}")
-    reference = row.reference or ""
+    reference = row.reference or _deployed_reference(digest, world)
+    if not reference:
+        raise InvalidArgs("the image is in the repository, but not known by a name that updates could follow")
     newest = newest_of(tracked_reference(world.tracked_image), world.images)
     is_newest = newest is not None and newest.manifest_digest == digest
     return Request(Member.STAGE, options, image, reference, digest, newest=is_newest)
+
+
+def _deployed_reference(digest: str, world: World) -> str:
+    """The name of an image that was not pulled by us, if a deployment of it has one."""
+    return tracked_reference(world.deployed.get(digest, ""))
 
 
 def _local(image: str, images: Sequence[ImageRow]) -> ImageRow:

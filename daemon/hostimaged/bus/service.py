@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hostimage_dbus.names import ROOT_PATH, job_path
+from hostimage_dbus.names import ROOT_PATH, JobState, job_path
 from hostimage_dbus.server import ObjectServer
 from hostimage_dbus.transport import BusError
 from hostimaged.bus.callers import Callers
@@ -22,7 +23,9 @@ from hostimaged.bus.status import StatusCache
 from hostimaged.errors import HostimageError
 from hostimaged.jobs.history import JobRecord
 from hostimaged.jobs.inhibitors import Inhibitors
+from hostimaged.jobs.job import Initiator
 from hostimaged.jobs.logind import Logind
+from hostimaged.jobs.operations import Recover
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
 from hostimaged.log import get_logger
@@ -73,6 +76,7 @@ class Service:
         self._tasks = tasks
         self._notifier = notifier
         self._workers = workers
+        self._paths = paths
         self._history = history
         self._holds = holds
         self._updates = updates
@@ -81,9 +85,9 @@ class Service:
         self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
         authority = Authority(connection, tasks, own_uid=os.geteuid())
         callers = Callers(connection, tasks)
-        logind = Logind(connection)
-        gate = Gate(callers, authority, logind, paths)
-        self._inhibitors = Inhibitors(logind.inhibit, tasks)
+        self._logind = Logind(connection)
+        gate = Gate(callers, authority, self._logind, paths)
+        self._inhibitors = Inhibitors(self._logind.inhibit, tasks)
         self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._deployments = DeploymentObjects(self._server, self._guarded)
@@ -120,10 +124,19 @@ class Service:
         self._tasks.create_task(self._queue.save())
         self._lanes = self._tasks.create_task(self._queue.run())
         self._scan = self._tasks.create_task(self._status.refresh())
+        self._recovery = self._tasks.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        """Have what was interrupted finished or taken back, before anybody else starts a job."""
+        if await asyncio.to_thread(self._paths.transaction.exists):
+            operation = Recover(lock_timeout=self._model.settings.lock_timeout)
+            with suppress(HostimageError):
+                await self._queue.submit(operation, Initiator(os.geteuid(), "hostimaged"))
 
     async def stop(self) -> None:
         """Cancel all jobs, and wait until their ends are announced."""
         self._scan.cancel()
+        self._recovery.cancel()
         self._holds.close()
         await self._queue.stop()
         await self._lanes
@@ -185,6 +198,8 @@ class Service:
         self._jobs.ended(job)
         if self._queue.active is None:
             self._notifier.status("idle")
+        if job.terms.reboot and job.state is JobState.DONE and self._model.reboot_required:
+            self._tasks.create_task(self._logind.reboot())
 
 
 def translate(error: Exception) -> BusError | None:

@@ -45,6 +45,7 @@ class _Prepared:
     findings: Findings
     image_list: Encoded
     image_documents: str
+    bootc_document: Encoded
 
 
 def _prepare(status: dict[str, Any]) -> _Prepared:
@@ -55,6 +56,10 @@ def _prepare(status: dict[str, Any]) -> _Prepared:
         findings,
         Encoded.of("aa{sv}", [[to_variants(row) for row in rows]]),
         json.dumps(rows, ensure_ascii=False),
+        # As bootc writes it: canonical JSON.
+        Encoded.of(
+            "s", [json.dumps(findings.bootc, ensure_ascii=False, sort_keys=True, separators=(",", ":"))]
+        ),
     )
 
 
@@ -77,6 +82,11 @@ class StatusCache:
     def image_list(self) -> Encoded:
         """The images, as ListImages returns them."""
         return self._prepared.image_list
+
+    @property
+    def bootc_document(self) -> Encoded:
+        """The host document of bootc, as GetStatus returns it."""
+        return self._prepared.bootc_document
 
     def begin(self) -> int:
         """A scan begins; gives its place in the order of scans."""

@@ -17,28 +17,18 @@ if TYPE_CHECKING:
 
 #: Members, and what is missing.
 MEMBERS: Final[Mapping[Member, str]] = {
-    Member.UPGRADE: "staging of images",
-    Member.STAGE: "staging of images",
-    Member.SWITCH: "staging of images",
-    Member.ROLLBACK: "deployments",
-    Member.UNSTAGE: "deployments",
-    Member.CANCEL_ROLLBACK: "deployments",
     Member.COLLECT_GARBAGE: "garbage collection",
     Member.VERIFY_REPOSITORY: "verification of the repository",
     Member.REPAIR: "repair of the repository",
     Member.EXPLAIN: "garbage collection",
-    Member.SET_KERNEL_ARGUMENTS: "staging of images",
     Member.SET_UNIFIED: "unified storage",
     Member.SET_UPDATE_POLICY: "automatic updates",
-    Member.SET_PINNED: "deployments",
-    Member.DELETE: "deployments",
-    Member.MAKE_DEFAULT: "deployments",
-    Member.DIFF: "deployments",
+    Member.DIFF: "comparison of deployments",
 }
 #: Options, where they are true, of members that are built.
 OPTIONS: Final[Mapping[str, str]] = {"unified": "unified storage"}
-#: Formats of GetStatus.
-FORMATS: Final[Mapping[str, str]] = {"bootc-v1": "deployments"}
+#: Values of options of members that are built.
+VALUES: Final[Mapping[tuple[str, str], str]] = {("apply", "soft-reboot"): "soft reboots"}
 
 
 def refuse_unbuilt(request: Request) -> None:
@@ -49,12 +39,9 @@ def refuse_unbuilt(request: Request) -> None:
     for option, missing in OPTIONS.items():
         if request.options.get(option):
             raise _not_supported(f"option {option}", missing)
-
-
-def refuse_unbuilt_format(name: str) -> None:
-    """Raise ``NotSupported`` for a status format that nobody can make yet."""
-    if name in FORMATS:
-        raise _not_supported(f"the format {name}", FORMATS[name])
+    for (option, value), missing in VALUES.items():
+        if request.options.get(option) == value:
+            raise _not_supported(f"option {option}={value}", missing)
 
 
 def _not_supported(what: str, missing: str) -> NotSupported:

@@ -92,7 +92,7 @@ def _make_writable(paths: HostPaths) -> None:
     """Of a running host, for this process alone; what cannot be is told when it is written to."""
     if paths.scratch_root is not None:
         return
-    for path in (paths.physical_root, paths.boot, *(() if paths.esp is None else (paths.esp,))):
+    for path in (paths.physical_root, *paths.boot_mounts):
         with suppress(OSError):
             mounts.make_writable(path)
 

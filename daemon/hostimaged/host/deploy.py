@@ -25,7 +25,7 @@ from hostimaged.host.menu import Menu
 from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
-from hostimaged.host.recover import journal_path, recover, settle
+from hostimaged.host.recover import recover, settle
 from hostimaged.host.tags import bootc_tag
 from hostimaged.oci import images
 from hostimaged.progress import Phase
@@ -93,7 +93,7 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
     new.require_space()
     item = new.menu_item(_options(session, boot, new, arguments), is_menu=_is_menu(state, new))
     files = Menu((item,)).render(state.dirs.loader, is_menu=_is_menu(state, new))
-    path = journal_path(session.paths)
+    path = session.paths.transaction
     transaction = Transaction(
         Operation.DEPLOY,
         session.boot_id,

@@ -18,7 +18,7 @@ from hostimaged.host.bootsets import digest
 from hostimaged.host.etctree import read_image, subdirectory
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
-from hostimaged.host.recover import journal_path, recover
+from hostimaged.host.recover import recover
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.progress import Phase
 
@@ -62,7 +62,7 @@ def finalize(session: Session) -> dict[str, Any]:
     if not row.bootable or row.staged is None:
         reason = row.problems[0].text if row.problems else "it has no boot entry"
         raise PreconditionFailed(f"deployment {row.id} would not start: {reason}")
-    path = journal_path(session.paths)
+    path = session.paths.transaction
     try:
         journal.write(path, _transaction(session, state, row))
         session.reporter.at("finalize.journal")

@@ -20,7 +20,6 @@ from hostimaged.host.marker import Marker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from hostimaged.host.bootsets import RawSet
     from hostimaged.host.entries import EntrySet
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.ids import DeploymentId
-    from hostimaged.system.paths import HostPaths
-
-
-def journal_path(paths: HostPaths) -> Path:
-    """Where the journal is."""
-    return paths.state / "transaction.json"
 
 
 def settle(session: Session) -> HostState:
@@ -60,13 +53,13 @@ def recover(session: Session, state: HostState) -> list[DeploymentId]:
     """
     if state.sets.unreadable:
         raise BootLoaderError(f"the boot entries cannot be read: {state.sets.unreadable}")
-    transaction = journal.read(journal_path(session.paths))
+    transaction = journal.read(session.paths.transaction)
     cleanup.remove_temporary(session, state)
     removed: list[DeploymentId] = []
     if transaction is not None:
         removed += _finish(session, state, transaction)
         session.reporter.at("recover.finished")
-        journal.remove(journal_path(session.paths))
+        journal.remove(session.paths.transaction)
         state = session.state()
     if state.marker is None and state.sets.staged is not None:
         removed += cleanup.unstage(session, state)

@@ -14,7 +14,7 @@ from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.menu import live_menu, staged_menu
 from hostimaged.host.model import Role
-from hostimaged.host.recover import journal_path, settle
+from hostimaged.host.recover import settle
 from hostimaged.progress import Phase
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def activate(
     """
     files = menu.render(state.dirs.loader, is_menu=state.sets.is_menu)
     live = None if state.sets.live is None else state.sets.live.raw
-    path = journal_path(session.paths)
+    path = session.paths.transaction
     journal.write(
         path,
         Transaction(

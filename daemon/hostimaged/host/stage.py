@@ -26,7 +26,7 @@ from hostimaged.host.menu import Menu, live_menu
 from hostimaged.host.model import BootType, Role
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin
-from hostimaged.host.recover import journal_path, recover, settle
+from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.host.tags import bootc_tag
 from hostimaged.host.times import microseconds
@@ -171,7 +171,7 @@ class _Stage:
         files = self._staged_files(new, base, base_tree)
         new.require_space()
         self._at("stage.planned")
-        path = journal_path(self._session.paths)
+        path = self._session.paths.transaction
         try:
             journal.write(path, self._transaction(files))
             self._at("stage.journal")

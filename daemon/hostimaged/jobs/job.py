@@ -38,12 +38,13 @@ class Terms:
     """How a job is to be run, besides what it does.
 
     ``background``: nobody waits for it, so that it obeys holds and gives way to users. The others: holds
-    that do not count for it.
+    that do not count for it. ``reboot``: once it is done, if that starts something else.
     """
 
     background: bool = False
     allow_metered: bool = False
     allow_on_battery: bool = False
+    reboot: bool = False
 
     def __or__(self, other: Terms) -> Terms:
         """What satisfies those who asked for either."""
@@ -51,6 +52,7 @@ class Terms:
             background=self.background and other.background,
             allow_metered=self.allow_metered or other.allow_metered,
             allow_on_battery=self.allow_on_battery or other.allow_on_battery,
+            reboot=self.reboot or other.reboot,
         )
 
     def obeyed(self, holds: Sequence[str]) -> tuple[str, ...]:

@@ -87,8 +87,16 @@ class Logind:
             raise
         return not isinstance(value, Variant) or value.value not in _NOBODYS
 
+    async def reboot(self) -> None:
+        """Restart the machine, in order; whoever asked for it was allowed to. Errors are logged."""
+        _logger.info("host.reboot")
+        try:
+            await self._call(PATH, MANAGER, "Reboot", "b", [False])
+        except BusError as error:
+            _logger.warning("host.reboot-failed", error=error.name, detail=error.message)
+
     async def _call(
-        self, path: str, interface: str, member: str, signature: str = "", body: Sequence[str] = ()
+        self, path: str, interface: str, member: str, signature: str = "", body: Sequence[object] = ()
     ) -> list[Any]:
         return await self._connection.call(NAME, path, interface, member, signature, body, timeout=_TIMEOUT)
 

@@ -7,11 +7,11 @@ same.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hostimaged.errors import InvalidArgs
+from hostimaged.errors import InvalidArgs, UnsupportedImage
 from hostimaged.oci.reference import MAX_LENGTH, ImageReference, Transport
 from hostimaged.system.syscalls import Capability
 
@@ -28,6 +28,7 @@ class Profile(StrEnum):
     SCAN = "scan"
     PULL = "pull"
     PULL_STORAGE = "pull-storage"
+    HOST = "host"
 
 
 #: Capabilities a worker keeps; all others leave its bounding set too. Everything we write belongs to root,
@@ -36,6 +37,20 @@ class Profile(StrEnum):
 CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
     Profile.SCAN: frozenset({Capability.DAC_READ_SEARCH}),
     Profile.PULL: frozenset({Capability.DAC_READ_SEARCH}),
+    # Deployments: trees of any owner, device nodes and attributes of any kind in their /etc, mounts.
+    Profile.HOST: frozenset(
+        {
+            Capability.CHOWN,
+            Capability.DAC_OVERRIDE,
+            Capability.DAC_READ_SEARCH,
+            Capability.FOWNER,
+            Capability.FSETID,
+            Capability.MAC_ADMIN,
+            Capability.MKNOD,
+            Capability.SETFCAP,
+            Capability.SYS_ADMIN,
+        }
+    ),
     Profile.PULL_STORAGE: frozenset(
         {
             Capability.CHOWN,
@@ -54,6 +69,9 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
 }
 
 
+_Id = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+
+
 class _Operation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,11 +85,16 @@ class _Operation(BaseModel):
         """What makes two requests ask for the same thing; settings of the daemon do not."""
         return self
 
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """What the same job does next, in a worker with privileges of its own; ``result`` is what came."""
+        del result
+        return None
 
-class Pull(_Operation):
+
+class _Fetch(_Operation):
     """Fetch the image ``reference`` into the repository."""
 
-    kind: Literal["pull"] = "pull"
+    kind: str
     reference: str = Field(max_length=MAX_LENGTH)
     expect_digest: str | None = Field(default=None, max_length=128)
     verity: Literal["require", "opportunistic"] = "require"
@@ -91,6 +114,143 @@ class Pull(_Operation):
     def profile(self) -> Profile:
         """Privileges that the operation needs."""
         return _fetching(self.reference)
+
+
+class Pull(_Fetch):
+    """Fetch the image ``reference`` into the repository."""
+
+    kind: Literal["pull"] = "pull"
+
+
+class _Update(_Fetch):
+    """Fetch an image, and then stage it: two workers, as only the second needs privileges over the host."""
+
+    download_only: bool = False
+    allow_downgrade: bool = False
+    max_entries: int = Field(default=2, ge=2, le=10)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.reference, self.expect_digest, self.download_only, self.allow_downgrade)
+
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """See ``_Operation``; raises ``UnsupportedImage`` for what is no operating system."""
+        if result.get("artifact"):
+            raise UnsupportedImage(f"{self.reference} is an artifact, not an operating system")
+        return Stage(
+            manifest_digest=str(result["manifest-digest"]),
+            reference=self.reference,
+            download_only=self.download_only,
+            allow_downgrade=self.allow_downgrade,
+            max_entries=self.max_entries,
+            lock_timeout=self.lock_timeout,
+        )
+
+
+class Upgrade(_Update):
+    """Fetch and stage the newest of the tracked image; or unlock what was staged for download only."""
+
+    kind: Literal["upgrade"] = "upgrade"
+    from_downloaded: bool = False
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (super().identity, self.from_downloaded)
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.HOST if self.from_downloaded else _fetching(self.reference)
+
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """See ``_Operation``."""
+        return None if self.from_downloaded else super().then(result)
+
+
+class Switch(_Update):
+    """Fetch and stage another image, which updates follow from then on."""
+
+    kind: Literal["switch"] = "switch"
+
+
+class _HostOperation(_Operation):
+    lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return tuple(self.model_dump(exclude={"lock_timeout"}).items())
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return str(getattr(self, "deployment", None) or "")
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.HOST
+
+
+class Stage(_HostOperation):
+    """Stage an image of the repository under the reference that updates follow."""
+
+    kind: Literal["stage"] = "stage"
+    manifest_digest: str = Field(max_length=128)
+    reference: str = Field(max_length=MAX_LENGTH)
+    download_only: bool = False
+    allow_downgrade: bool = False
+    max_entries: int = Field(default=2, ge=2, le=10)
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return self.reference
+
+
+class Rollback(_HostOperation):
+    """Choose what boots next: the rollback deployment, the one that runs, or ``deployment``."""
+
+    kind: Literal["rollback"] = "rollback"
+    action: Literal["rollback", "cancel", "default"] = "rollback"
+    deployment: _Id | None = None
+
+
+class Unstage(_HostOperation):
+    """Take back what is staged."""
+
+    kind: Literal["unstage"] = "unstage"
+
+
+class Delete(_HostOperation):
+    """Remove a deployment."""
+
+    kind: Literal["delete"] = "delete"
+    deployment: _Id
+
+
+class Pin(_HostOperation):
+    """Keep a deployment, or let it go."""
+
+    kind: Literal["pin"] = "pin"
+    deployment: _Id
+    pinned: bool
+
+
+class KernelArguments(_HostOperation):
+    """Change the kernel arguments of what boots next."""
+
+    kind: Literal["kargs"] = "kargs"
+    add: tuple[str, ...] = Field(default=(), max_length=64)
+    remove: tuple[str, ...] = Field(default=(), max_length=64)
+
+
+class Recover(_HostOperation):
+    """Finish or take back what was interrupted."""
+
+    kind: Literal["recover"] = "recover"
 
 
 class Check(_Operation):
@@ -143,7 +303,21 @@ def _fetching(reference: str) -> Profile:
     return Profile.PULL_STORAGE if transport is Transport.CONTAINERS_STORAGE else Profile.PULL
 
 
-Operation = Annotated[Check | Pull | Scan, Field(discriminator="kind")]
+Operation = Annotated[
+    Check
+    | Pull
+    | Scan
+    | Upgrade
+    | Switch
+    | Stage
+    | Rollback
+    | Unstage
+    | Delete
+    | Pin
+    | KernelArguments
+    | Recover,
+    Field(discriminator="kind"),
+]
 
 
 class Order(_Operation):

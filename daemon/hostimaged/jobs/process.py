@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.errors import ErrorName
-from hostimaged.errors import Cancelled, Internal
+from hostimaged.errors import Cancelled, HostimageError, Internal
 from hostimaged.jobs.channel import ALONE, CANCEL, PAUSE, RESUME
 from hostimaged.jobs.events import MAX_EVENT, ErrorEvent, Event, InvalidEvent, ResultEvent, parse_event
 from hostimaged.jobs.job import Failure
-from hostimaged.jobs.operations import Operation, Order
+from hostimaged.jobs.operations import Operation, Order, Profile
 from hostimaged.log import get_logger
 from hostimaged.system.paths import HostPaths
 
@@ -60,7 +60,10 @@ class WorkerSettings:
 
 
 class Worker:
-    """One worker process, for one operation. ``run`` once; ``cancel`` at any time, from the same loop."""
+    """The worker process of an operation, and those of what it does then, one after the other.
+
+    ``run`` once; ``cancel`` at any time, from the same loop.
+    """
 
     def __init__(self, settings: WorkerSettings, operation: Operation) -> None:
         self._settings = settings
@@ -92,12 +95,29 @@ class Worker:
             self._writer.write(line)
 
     async def run(self, on_event: Callable[[Event], None]) -> Outcome:
-        """Run the worker to its end; ``on_event`` gets every event. If cancelled, the worker is killed."""
+        """Run the workers to their end; ``on_event`` gets every event. If cancelled, they are killed.
+
+        The result has what each of them achieved.
+        """
+        operation: Operation | None = self._operation
+        result: dict[str, Any] = {}
+        while operation is not None:
+            outcome = await self._run_one(operation, on_event)
+            if outcome.failure is not None:
+                return outcome
+            result |= outcome.result
+            try:
+                operation = operation.then(outcome.result)
+            except HostimageError as error:
+                return Outcome(failure=Failure.of(error))
+        return Outcome(result=result)
+
+    async def _run_one(self, operation: Operation, on_event: Callable[[Event], None]) -> Outcome:
         if self._cancelled.is_set():
             return _cancelled()
         ours, theirs = socket.socketpair()
         try:
-            process = await self._spawn(theirs)
+            process = await self._spawn(operation, theirs)
         except OSError as error:
             ours.close()
             _logger.warning("worker.start-failed", error=error.strerror)
@@ -106,8 +126,9 @@ class Worker:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_EVENT)
         root = None if self._settings.root is None else str(self._settings.root)
-        order = Order(root=root, operation=self._operation)
+        order = Order(root=root, operation=operation)
         writer.write(order.model_dump_json().encode() + b"\n" + b"".join(self._requests))
+        self._requests.clear()
         self._writer = writer
         async with asyncio.TaskGroup() as group:
             escalation = group.create_task(self._escalate(process, writer))
@@ -118,6 +139,7 @@ class Worker:
                         async with asyncio.timeout(_LINGER):
                             await process.wait()
             finally:
+                self._writer = None
                 escalation.cancel()
                 _kill(process, signal.SIGKILL)
                 await process.wait()
@@ -126,12 +148,12 @@ class Worker:
                     await writer.wait_closed()
         return self._judge(process, outcome)
 
-    async def _spawn(self, theirs: socket.socket) -> asyncio.subprocess.Process:
+    async def _spawn(self, operation: Operation, theirs: socket.socket) -> asyncio.subprocess.Process:
         arguments = (
             "--fd", str(theirs.fileno()),
-            "--profile", str(self._operation.profile),
+            "--profile", str(operation.profile),
             "--parent", str(os.getpid()),
-            *self._writable(),
+            *self._writable(operation),
         )  # fmt: skip
         return await asyncio.create_subprocess_exec(
             *self._settings.command,
@@ -144,11 +166,15 @@ class Worker:
             env=_environment(os.environ),
         )
 
-    def _writable(self) -> tuple[str, ...]:
-        """On a running host the physical root is a read-only mount."""
-        if self._settings.root is not None or not self._operation.mutating:
+    def _writable(self, operation: Operation) -> tuple[str, ...]:
+        """On a running host the physical root is a read-only mount; so may be where it boots from."""
+        if self._settings.root is not None or not operation.mutating:
             return ()
-        return ("--writable", str(HostPaths.live().physical_root))
+        paths = HostPaths.live()
+        places = [paths.physical_root]
+        if operation.profile is Profile.HOST:
+            places += paths.boot_mounts
+        return tuple(word for place in places for word in ("--writable", str(place)))
 
     async def _escalate(self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter) -> None:
         await self._cancelled.wait()

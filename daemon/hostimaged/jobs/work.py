@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from hostimaged.system.paths import HostPaths
 
 
-def pull(paths: HostPaths, operation: operations.Pull, channel: Channel) -> dict[str, Any]:
+def pull(
+    paths: HostPaths, operation: operations.Pull | operations.Upgrade | operations.Switch, channel: Channel
+) -> dict[str, Any]:
     """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
     from hostimaged.composefs.repository import Verity
     from hostimaged.oci.pull import pull_image

@@ -33,8 +33,17 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
     "check": "hostimaged.jobs.work:check",
+    "delete": "hostimaged.jobs.host_work:delete",
+    "kargs": "hostimaged.jobs.host_work:kernel_arguments",
+    "pin": "hostimaged.jobs.host_work:pin",
     "pull": "hostimaged.jobs.work:pull",
+    "recover": "hostimaged.jobs.host_work:recover",
+    "rollback": "hostimaged.jobs.host_work:rollback",
     "scan": "hostimaged.jobs.work:scan",
+    "stage": "hostimaged.jobs.host_work:stage",
+    "switch": "hostimaged.jobs.work:pull",
+    "unstage": "hostimaged.jobs.host_work:unstage",
+    "upgrade": "hostimaged.jobs.host_work:upgrade",
 }
 
 
@@ -44,7 +53,7 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--profile", type=Profile, required=True)
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--writable", type=Path)
+    parser.add_argument("--writable", type=Path, action="append", default=[])
     arguments = parser.parse_args(argv)
     _confine(arguments.profile, arguments.parent, arguments.writable)
     with socket.socket(fileno=arguments.fd) as sock:
@@ -70,16 +79,16 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     return 0
 
 
-def _confine(profile: Profile, parent: int, writable: Path | None) -> None:
+def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> None:
     """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges."""
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the daemon is gone")
     os.nice(_NICE)
-    if writable is not None:
+    for path in writable:
         # What fails here is told by the operation, as a read-only file system.
         with suppress(OSError):
-            mounts.make_writable(writable)
+            mounts.make_writable(path)
     syscalls.set_no_new_privs()
     syscalls.drop_capabilities(CAPABILITIES[profile])
 

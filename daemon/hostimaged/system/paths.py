@@ -116,6 +116,11 @@ class HostPaths:
         )
 
     @property
+    def boot_mounts(self) -> list[Path]:
+        """Where the file systems that a host boots from are usually mounted: /boot, and the ESP."""
+        return [self.boot, self.boot.with_name("efi"), self.boot / "efi"]
+
+    @property
     def repository(self) -> Path:
         """The composefs repository."""
         return self.physical_root / "composefs"
@@ -129,6 +134,11 @@ class HostPaths:
     def pulls(self) -> Path:
         """The rows of what was pulled, and from where."""
         return self.state / "pulls.json"
+
+    @property
+    def transaction(self) -> Path:
+        """The journal of the operation under way, or interrupted."""
+        return self.state / "transaction.json"
 
     @property
     def temporary(self) -> Path:

@@ -1,0 +1,126 @@
+"""What operations on deployments do, inside a worker. Afterwards the daemon is told what there is now."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from hostimaged.errors import HostimageError, PreconditionFailed
+from hostimaged.ids import DeploymentId, ManifestDigest
+from hostimaged.jobs import work
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hostimaged.host.session import Session
+    from hostimaged.jobs import operations
+    from hostimaged.jobs.channel import Channel
+    from hostimaged.system.paths import HostPaths
+
+
+@contextmanager
+def _session(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterator[Session]:
+    """A session that has the repository for itself, as far as readers of ours are concerned."""
+    from hostimaged.host.session import open_session
+
+    try:
+        with (
+            channel.alone(),
+            open_session(paths, channel, lock_timeout=lock_timeout) as session,
+        ):
+            yield session
+    finally:
+        # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
+        with suppress(HostimageError):
+            work.scan(paths, None, channel)
+
+
+def upgrade(paths: HostPaths, operation: operations.Upgrade, channel: Channel) -> dict[str, Any]:
+    """Fetch the image, which is staged then; or unlock what is staged."""
+    if not operation.from_downloaded:
+        return work.pull(paths, operation, channel)
+    from hostimaged.host.stage import unlock
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return unlock(session)
+
+
+def stage(paths: HostPaths, operation: operations.Stage, channel: Channel) -> dict[str, Any]:
+    """Stage an image of the repository."""
+    from hostimaged.host.imgref import OriginReference
+    from hostimaged.host.stage import StageRequest
+    from hostimaged.host.stage import stage as stage_image
+    from hostimaged.oci.reference import ImageReference
+
+    request = StageRequest(
+        ManifestDigest(operation.manifest_digest),
+        OriginReference.of(ImageReference.parse(operation.reference)),
+        locked=operation.download_only,
+        allow_downgrade=operation.allow_downgrade,
+        max_entries=operation.max_entries,
+    )
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return stage_image(session, request)
+
+
+def unstage(paths: HostPaths, operation: operations.Unstage, channel: Channel) -> dict[str, Any]:
+    """Take back what is staged."""
+    from hostimaged.host.stage import unstage as take_back
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return take_back(session)
+
+
+def rollback(paths: HostPaths, operation: operations.Rollback, channel: Channel) -> dict[str, Any]:
+    """Choose what boots next."""
+    from hostimaged.host import reorder
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        match operation.action:
+            case "rollback":
+                return reorder.rollback(session)
+            case "cancel":
+                return reorder.cancel_rollback(session)
+            case "default":
+                if operation.deployment is None:
+                    raise PreconditionFailed("no deployment is named")
+                return reorder.make_default(session, DeploymentId(operation.deployment))
+
+
+def delete(paths: HostPaths, operation: operations.Delete, channel: Channel) -> dict[str, Any]:
+    """Remove a deployment."""
+    from hostimaged.host import reorder
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return reorder.delete(session, DeploymentId(operation.deployment))
+
+
+def pin(paths: HostPaths, operation: operations.Pin, channel: Channel) -> dict[str, Any]:
+    """Keep a deployment, or let it go."""
+    from hostimaged.host.pins import set_pinned
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return set_pinned(session, DeploymentId(operation.deployment), pinned=operation.pinned)
+
+
+def kernel_arguments(
+    paths: HostPaths, operation: operations.KernelArguments, channel: Channel
+) -> dict[str, Any]:
+    """Change the kernel arguments of what boots next."""
+    from hostimaged.host import reorder
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return reorder.set_kernel_arguments(session, operation.add, operation.remove)
+
+
+def recover(paths: HostPaths, operation: operations.Recover, channel: Channel) -> dict[str, Any]:
+    """Finish or take back what was interrupted; before the first pull there is nothing."""
+    from hostimaged.composefs.repository import RepositoryMissing
+    from hostimaged.host.recover import settle
+
+    try:
+        with _session(paths, channel, operation.lock_timeout) as session:
+            settle(session)
+    except RepositoryMissing:
+        pass
+    return {"result": "recovered"}
