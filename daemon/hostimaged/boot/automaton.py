@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
     from hostimaged.boot.patterns import Node
 
-#: States of the non-deterministic automaton, some 200 bytes each. The policy of Fedora makes about 100,000.
-MAX_NODES: Final = 1_000_000
+#: States of the non-deterministic automaton, up to 300 bytes each. The policy of Fedora makes about 100,000.
+MAX_NODES: Final = 500_000
 #: Steps of building states and of checking irregular expressions, each about 100 ns. The policy of Fedora and
-#: an image of 100,000 files take some millions.
-MAX_WORK: Final = 200_000_000
+#: an image of 100,000 files take one or two millions.
+MAX_WORK: Final = 100_000_000
 #: Nodes in the states kept, together; beyond it all are forgotten and built anew as needed. Bounds memory.
 MAX_KEPT: Final = 2_000_000
 
@@ -68,7 +68,7 @@ class Automaton:
         self._closures: dict[int, tuple[int, ...]] = {}
         # The trie: children by byte, and the nodes that go on from there.
         self._children: list[dict[int, int]] = [{}]
-        self._hanging: list[list[int]] = [[]]
+        self._hanging: dict[int, list[int]] = {}
         self._sets: dict[int, bytes] = {1 << byte: _table(1 << byte) for byte in range(256)}
         self._states: dict[tuple[frozenset[int], int], State] = {}
         self._kept = 0
@@ -85,7 +85,7 @@ class Automaton:
         end = self._new(None, 0)
         self._ends[end] = rule
         prefix, rest = _split(node)
-        self._hanging[self._trie(prefix)].append(self._build(rest, end))
+        self._hanging.setdefault(self._trie(prefix), []).append(self._build(rest, end))
         return is_regular(node)
 
     def _trie(self, prefix: bytes) -> int:
@@ -96,7 +96,6 @@ class Automaton:
                 child = len(self._children)
                 self._children[at][byte] = child
                 self._children.append({})
-                self._hanging.append([])
                 self._check_size()
             at = child
         return at
@@ -184,7 +183,7 @@ class Automaton:
         return self._state(reached, trie)
 
     def _hung(self, trie: int) -> list[int]:
-        return [node for entry in self._hanging[trie] for node in self._closure(entry)]
+        return [node for entry in self._hanging.get(trie, ()) for node in self._closure(entry)]
 
     def _closure(self, node: int) -> tuple[int, ...]:
         """What is reached from ``node`` without a byte: nodes that take one, and ends."""
@@ -215,7 +214,7 @@ class Automaton:
             ends = self._ends
             found = sorted({ends[node] for node in reached if node in ends}, reverse=True)
             state = State(tuple(node for node in reached if node not in ends), tuple(found), trie)
-            self._kept += 2 * len(reached) + 10
+            self._kept += 2 * len(reached) + 20
             if self._kept > MAX_KEPT:
                 self._forget()
             self._states[key] = state

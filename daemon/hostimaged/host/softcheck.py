@@ -10,11 +10,10 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.boot.cmdline import Cmdline
 from hostimaged.boot.files import DirectoryFiles, TreeFiles
-from hostimaged.boot.pe import read_cmdline
 from hostimaged.composefs.erofs import Image
 from hostimaged.errors import BootLoaderError, HostimageError, NotSupported
+from hostimaged.host.arguments import cmdline_of
 from hostimaged.host.model import Deployment, Role, SoftReboot
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
     from hostimaged.composefs.tree import Directory
     from hostimaged.host.bootdirs import BootDirs
-    from hostimaged.host.entries import SetEntry
     from hostimaged.ids import DeploymentId
     from hostimaged.system.paths import HostPaths
 
@@ -65,31 +63,11 @@ class SoftRebootCheck:
             return "it is not known whether it has the same kernel"
         if target.boot_digest != booted.boot_digest:
             return "it has another kernel or initrd"
-        if not self._cmdline(booted).same_parameters(self._cmdline(target)):
+        if not cmdline_of(self._dirs, booted).same_parameters(cmdline_of(self._dirs, target)):
             return "its kernel arguments are others"
         if not target.bootable:
             return "it is not complete"
         return self._selinux(target)
-
-    def _cmdline(self, row: Deployment) -> Cmdline:
-        """The arguments of an entry; raises ``BootLoaderError`` if there is none."""
-        entry = row.entry
-        if entry is None:
-            raise BootLoaderError("it has no boot entry")
-        return Cmdline.parse(self._uki_cmdline(entry) if entry.is_uki else entry.options)
-
-    def _uki_cmdline(self, entry: SetEntry) -> str:
-        path = self._dirs.uki_file(entry.files[0])
-        if path is None:
-            raise BootLoaderError("its UKI cannot be looked at")
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise BootLoaderError(f"its UKI cannot be read: {error.strerror}") from error
-        try:
-            return read_cmdline(fd, path.name)
-        finally:
-            os.close(fd)
 
     def _selinux(self, target: Deployment) -> str:
         if self._paths.selinux_enforce is None or not self._paths.selinux_enforce.exists():

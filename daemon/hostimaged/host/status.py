@@ -13,6 +13,7 @@ from hostimaged.errors import HostimageError
 from hostimaged.host import bootc_v1
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
+from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
@@ -74,19 +75,19 @@ def _host(state: HostState) -> dict[str, Any]:
 def _row(row: Deployment, place: int) -> dict[str, Any]:
     facts = row.image
     reference = None if row.origin is None else row.origin.reference
-    files = [entry.file_name for entry in (row.live, row.staged) if entry is not None]
+    files = [shown(entry.file_name) for entry in (row.live, row.staged) if entry is not None]
     return {
         "id": str(row.id),
         "image": "" if reference is None else reference.image_text,
         "image-digest": "" if row.manifest_digest is None else str(row.manifest_digest),
         "config-digest": "" if facts is None or facts.config_digest is None else str(facts.config_digest),
-        "version": "" if facts is None else facts.version,
+        "version": "" if facts is None else shown(facts.version),
         "timestamp": 0 if facts is None else facts.timestamp,
-        "architecture": "" if facts is None else facts.architecture,
+        "architecture": "" if facts is None else shown(facts.architecture),
         "boot-type": "" if row.boot_type is None else str(row.boot_type),
         "boot-digest": "" if row.boot_digest is None else str(row.boot_digest),
         "boot-entries": list(dict.fromkeys(files)),
-        "kernel-arguments": row.kernel_arguments,
+        "kernel-arguments": shown(row.kernel_arguments),
         "booted": row.role is Role.BOOTED,
         "staged": row.role is Role.STAGED,
         "is-rollback": row.role is Role.ROLLBACK,
@@ -94,7 +95,7 @@ def _row(row: Deployment, place: int) -> dict[str, Any]:
         "pinned": row.pinned,
         "locked": row.locked,
         "soft-reboot-capable": row.soft_reboot.capable,
-        "soft-reboot-obstacle": row.soft_reboot.reason,
+        "soft-reboot-obstacle": shown(row.soft_reboot.reason),
         "verity": str(row.verity),
         "order": place,
         "problems": [_problem(problem) for problem in row.problems],
@@ -102,4 +103,4 @@ def _row(row: Deployment, place: int) -> dict[str, Any]:
 
 
 def _problem(problem: Problem) -> dict[str, str]:
-    return {"id": str(problem.id), "severity": str(problem.severity), "text": problem.text}
+    return {"id": str(problem.id), "severity": str(problem.severity), "text": shown(problem.text)}

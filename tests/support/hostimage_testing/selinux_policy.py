@@ -1,4 +1,4 @@
-"""A SELinux policy as large as those of distributions, made up: rules of the shapes that reference policies have.
+"""A SELinux policy as large as those of distributions, made up: rules of the shapes that real ones have.
 
 Names are random words; only the shapes of expressions are those of real policies.
 """
@@ -102,8 +102,8 @@ def paths(count: int, seed: int = 2, policy_seed: int = 1) -> dict[str, str]:
     rng = random.Random(seed)
     rules = random.Random(policy_seed)
     known = [word(rules) for _ in range(3000)]
-    found = {"usr": "d", "etc": "d", "var": "d", "run": "d", "boot": "d", "sysroot": "d", "home": "d"}
-    places = [
+    found = dict.fromkeys(("usr", "etc", "var", "run", "boot", "sysroot", "home"), "d")
+    places = (
         "usr/share",
         "usr/lib",
         "usr/bin",
@@ -112,7 +112,8 @@ def paths(count: int, seed: int = 2, policy_seed: int = 1) -> dict[str, str]:
         "usr/libexec",
         "usr/share/man",
         "usr/lib64",
-    ]
+    )
+    suffixes = ("", ".so", ".so.1.2", ".py", ".conf", ".sh", ".old", "-1", ".service", "\u00e9")
     while len(found) < count:
         base = rng.choice(places) if rng.random() < 0.3 else rng.choice(("usr/share", "usr/lib"))
         parts = [rng.choice(known) if rng.random() < 0.3 else word(rng) for _ in range(rng.randint(0, 4))]
@@ -122,8 +123,5 @@ def paths(count: int, seed: int = 2, policy_seed: int = 1) -> dict[str, str]:
             continue
         found |= dict.fromkeys(above, "d")
         for _ in range(rng.randint(1, 30)):
-            suffix = rng.choice(
-                ("", ".so", ".so.1.2", ".py", ".conf", ".sh", ".old", "-1", ".service", "\u00e9")
-            )
-            found.setdefault(f"{directory}/{word(rng)}{suffix}", rng.choice("ffffl"))
+            found.setdefault(f"{directory}/{word(rng)}{rng.choice(suffixes)}", rng.choice("ffffl"))
     return found
