@@ -237,7 +237,7 @@ def test_options_of_the_daemon() -> None:
 
 
 def test_every_setting_with_its_default() -> None:
-    types = {str: "string", float: "number"}
+    types = {str: "string", float: "number", int: "number"}
     expected = []
     for name, field in Settings.model_fields.items():
         kind = types.get(typing.cast("type", field.annotation), "string")

@@ -177,7 +177,8 @@ def _local(image: str, images: Sequence[ImageRow]) -> ImageRow:
             named = [newest] if newest else []
     if not named or not named[0].manifest_digest:
         raise ImageNotFound(f"{image} is not in the repository")
-    return named[0]
+    # Of several tags on one manifest that of a pull tells where it came from.
+    return next((row for row in named if row.reference), named[0])
 
 
 def _check_arguments(member: Member, arguments: Sequence[Any], world: World) -> None:

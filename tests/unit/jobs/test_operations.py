@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
+import typing
 from pathlib import Path
 
 import pytest
 
 from hostimage_testing.tools import REPOSITORY_ROOT
-from hostimaged.errors import InvalidArgs
-from hostimaged.jobs.operations import CAPABILITIES, Order, Profile, Pull, Scan, parse_order
+from hostimaged.errors import InvalidArgs, UnsupportedImage
+from hostimaged.jobs.operations import (
+    CAPABILITIES,
+    Delete,
+    Operation,
+    Order,
+    Pin,
+    Profile,
+    Pull,
+    Rollback,
+    Scan,
+    Stage,
+    Switch,
+    Upgrade,
+    parse_order,
+)
 from hostimaged.jobs.worker import WORK
 from hostimaged.system.syscalls import Capability
+
+DIGEST = "sha256:" + "0" * 64
 
 
 def test_orders_survive_the_wire() -> None:
@@ -64,7 +82,49 @@ def test_profiles_are_small() -> None:
 
 
 def test_every_operation_has_its_work() -> None:
-    assert WORK.keys() == {"check", "pull", "scan"}
+    union = typing.get_args(Operation)[0]
+    kinds = {typing.get_args(kind.model_fields["kind"].annotation)[0] for kind in typing.get_args(union)}
+    assert WORK.keys() == kinds
+    for place in WORK.values():
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_an_update_fetches_without_privileges_and_then_stages() -> None:
+    update = Switch(reference="docker://r.example/os:2", download_only=True, lock_timeout=3, max_entries=3)
+    assert update.profile is Profile.PULL
+    following = update.then({"manifest-digest": DIGEST, "artifact": False})
+    assert following == Stage(
+        manifest_digest=DIGEST,
+        reference="docker://r.example/os:2",
+        download_only=True,
+        lock_timeout=3,
+        max_entries=3,
+    )
+    assert following.profile is Profile.HOST
+    assert following.then({}) is None
+    assert Pull(reference="docker://r.example/os:2").then({"manifest-digest": DIGEST}) is None
+    with pytest.raises(UnsupportedImage, match="artifact"):
+        update.then({"manifest-digest": DIGEST, "artifact": True})
+
+
+def test_what_is_downloaded_is_unlocked_without_fetching() -> None:
+    update = Upgrade(reference="docker://r.example/os:2", from_downloaded=True)
+    assert update.profile is Profile.HOST
+    assert update.then({"result": "staged"}) is None
+    assert update.identity != Upgrade(reference="docker://r.example/os:2").identity
+    assert update.identity == Upgrade(
+        reference="docker://r.example/os:2", from_downloaded=True, lock_timeout=1
+    ).identity
+
+
+def test_equal_changes_of_deployments_are_equal() -> None:
+    one, other = "a" * 128, "b" * 128
+    assert Delete(deployment=one).identity == Delete(deployment=one, lock_timeout=1).identity
+    assert Delete(deployment=one).identity != Delete(deployment=other).identity
+    assert Rollback().identity != Rollback(action="cancel").identity
+    assert Pin(deployment=one, pinned=True).identity != Pin(deployment=one, pinned=False).identity
+    assert Delete(deployment=one).target == one
 
 
 def test_the_unit_grants_what_workers_need_and_no_more() -> None:
