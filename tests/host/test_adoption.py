@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bootc_model import Bootc
 
-from hostimage_testing.hosts import Era, Kind, RecordedHost
+from hostimage_testing.hosts import Era, Kind, Loader, RecordedHost
 from hostimage_testing.lives import staged, upgraded
 from hostimage_testing.recorded import fingerprint, paths_of, row_of, state_of
 from hostimaged.composefs.repository import Repository
@@ -66,6 +66,25 @@ def test_r10_a_missing_tag_is_made_again(make: MakeHost, kind: Kind) -> None:
     (found,) = adopted(life.host)
     assert (str(found.id), found.tagged, found.named) == (life.booted.id, True, False)
     assert life.host.tag(life.booted.image).exists()
+
+
+def test_a_uki_of_old_gets_its_boot_digest(make: MakeHost) -> None:
+    life = upgraded(make(Kind(Loader.SYSTEMD, uki=True), era=Era.BARE))
+    before = life.host.origin(life.booted).read_bytes()
+    found = adopted(life.host)
+    assert [(each.tagged, each.named, each.digested) for each in found] == [(False, False, True)] * 2
+    added = f"\ndigest = {life.booted.image.boot_digest}".encode()
+    assert life.host.origin(life.booted).read_bytes() == before + added
+    assert adopted(life.host) == []
+
+
+def test_what_makes_no_sense_is_not_replaced(make: MakeHost) -> None:
+    life = upgraded(make(era=Era.SIDECAR))
+    origin = life.host.origin(life.booted)
+    origin.write_text(origin.read_text() + "\n\n[image]\nmanifest_digest = md5:1")
+    before = origin.read_bytes()
+    assert not any(each.named for each in adopted(life.host) if str(each.id) == life.booted.id)
+    assert origin.read_bytes() == before
 
 
 def test_nothing_is_claimed_that_is_not_proved(make: MakeHost) -> None:
