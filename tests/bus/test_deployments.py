@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,6 @@ from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, error_of, varia
 from hostimage_testing.hosts import KINDS, Deployment, RecordedHost
 from hostimage_testing.lives import installed, staged, upgraded
 from hostimage_testing.os_images import OsImage, Recipe
-from hostimaged.host.commands import finalize_main
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.ids import DeploymentId
 
@@ -80,6 +81,13 @@ async def shown(client: Client, path: str) -> dict[str, Any]:
     return await client.properties(path, DEPLOYMENT_INTERFACE)
 
 
+async def finalize(host: RecordedHost, daemon: Daemon) -> None:
+    """What the unit does at shutdown."""
+    program = [sys.executable, "-m", "hostimaged", "finalize", "--root", str(host.root)]
+    process = await asyncio.create_subprocess_exec(*program, env=os.environ | daemon.environment)
+    assert await process.wait() == 0
+
+
 def followed(host: RecordedHost) -> tuple[Deployment, OsImage, str]:
     """The deployment that runs, the image that its reference leads to by now, and that reference."""
     reference = f"oci:{host.root.with_name(host.root.name + '-work') / 'layout'}:t1"
@@ -110,7 +118,7 @@ async def test_an_update_from_check_to_rollback(host: RecordedHost, served: Daem
     assert (row["Image"], row["Staged"], row["Locked"]) == (reference, True, False)
     assert (await do(client, "Upgrade", "a{sv}", {}))["result"] == "already-staged"
 
-    assert await asyncio.to_thread(finalize_main, ["--root", str(host.root)]) == 0
+    await finalize(host, served)
     await served.end()
     assert host.reboot() == image.id
     # Job ids begin anew with each boot.

