@@ -113,9 +113,10 @@ def test_what_is_downloaded_is_unlocked_without_fetching() -> None:
     assert update.profile is Profile.HOST
     assert update.then({"result": "staged"}) is None
     assert update.identity != Upgrade(reference="docker://r.example/os:2").identity
-    assert update.identity == Upgrade(
-        reference="docker://r.example/os:2", from_downloaded=True, lock_timeout=1
-    ).identity
+    assert (
+        update.identity
+        == Upgrade(reference="docker://r.example/os:2", from_downloaded=True, lock_timeout=1).identity
+    )
 
 
 def test_equal_changes_of_deployments_are_equal() -> None:
