@@ -38,7 +38,9 @@ def settle(session: Session) -> HostState:
     state = session.exclusive()
     recover(session, state)
     state = session.state()
-    if any(done.tagged or done.named for done in adopt(session.paths, session.repository, state)):
+    if any(
+        done.tagged or done.named or done.digested for done in adopt(session.paths, session.repository, state)
+    ):
         state = session.state()
     return state
 
