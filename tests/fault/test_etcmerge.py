@@ -403,6 +403,47 @@ def test_another_tool_merged_in_place(tmp_path: Path) -> None:
     assert place.names == ["etc"]
 
 
+def test_a_merge_half_discarded_is_not_taken_back(disk: Disk, tmp_path: Path) -> None:
+    """Of the unmerged tree either all comes back or nothing."""
+    trial = Place(tmp_path / "trial")
+    trial.merge()
+    count = steps(disk, lambda: trial.do(etcmerge.discard))
+    found = []
+    for at in range(count):
+        place = Place(tmp_path / str(at))
+        place.merge()
+        assert crashed(disk, at, lambda place=place: place.do(etcmerge.discard))  # type: ignore[misc]
+        place.do(etcmerge.undo)
+        assert place.etc in (NEW, MERGED)
+        assert place.names == ["etc"]
+        found.append(place.etc == MERGED)
+    assert found == sorted(found)
+    assert True in found
+    assert False in found
+
+
+def test_all_is_synced_before_it_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the exchange after it, in the directory of the two names."""
+    place = Place(tmp_path)
+    done: list[str] = []
+
+    def recorded(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((syscalls, "syncfs"), (syscalls, "rename_exchange"), (os, "fsync"), (os, "mkdir"),
+                         (os, "symlink"), (os, "setxattr"), (os, "utime")):  # fmt: skip
+        recorded(module, name)
+    place.merge()
+    assert done[-3:] == ["syncfs", "rename_exchange", "fsync"]
+    assert "utime" in done[:-3]
+
+
 # --- kills -------------------------------------------------------------------------------------------------
 
 

@@ -336,20 +336,22 @@ class _Parser:
         return self.text[brace] == "{"
 
     def quantified(self, node: Node) -> Node:
+        count = 0
         while self.quantifier_ahead():
+            count += 1
+            if count > 1:
+                self.check_chain()
             low, high = self.count()
             if self.looking_at("?"):
                 self.at += 1
-            self.check_possessive()
-            if isinstance(node, Repeat):
-                self.chained += 1
-                if self.chained > MAX_NESTING:
-                    self.unsupported("nested too deeply")
             node = Repeat(node, low, high)
         return node
 
-    def check_possessive(self) -> None:
-        """In Rust a second ``+`` repeats once more."""
+    def check_chain(self) -> None:
+        """For a quantifier after another: in Rust it repeats the repetition."""
+        self.chained += 1
+        if self.chained > MAX_NESTING:
+            self.unsupported("nested too deeply")
 
     def count(self) -> tuple[int, int | None]:
         sign = self.peek()
@@ -507,15 +509,8 @@ class _PcreParser(_Parser):
             return 0, self.number(found[1])
         return super().count()
 
-    def check_possessive(self) -> None:
-        if self.looking_at("+"):
-            self.unsupported("a possessive repetition")
-
-    def quantified(self, node: Node) -> Node:
-        node = super().quantified(node)
-        if isinstance(node, Repeat) and isinstance(node.node, Repeat):
-            self.unsupported("a repetition of a repetition")
-        return node
+    def check_chain(self) -> None:
+        self.unsupported("a quantifier after another")
 
     def escape(self) -> Node | None:
         following = self.peek()
