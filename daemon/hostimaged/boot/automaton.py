@@ -79,8 +79,8 @@ class Automaton:
     def add(self, rule: int, node: Node) -> bool:
         """Add the expression of ``rule``, and say whether it is regular.
 
-        If not, the rule is also found where only its conditions fail: ask ``matches`` then. Raises ``UnsupportedImage`` when
-        all expressions together are too large.
+        If not, the rule is also found where only its conditions fail: ask ``matches`` then. Raises
+        ``UnsupportedImage`` when all expressions together are too large.
         """
         end = self._new(None, 0)
         self._ends[end] = rule
