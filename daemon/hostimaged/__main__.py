@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hostimaged.bus.service import Service
 
-#: The service subscribes to no signal but the bus's own, which are short.
+#: The service subscribes to signals of the bus, and of services that tell of a few properties.
 _LIMITS: Final = Limits(signal=64 << 10)
 _BOOT_ID: Final = re.compile(r"[0-9a-f-]{32,36}\Z")
 
