@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from hostimaged.composefs.tree import (
     BlockDevice,
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from hostimaged.composefs.fsverity import Buffer
+
+#: Entries of layers just imported that are kept: each takes about 500 bytes of memory.
+MAX_KEPT: Final = 100_000
 
 
 class HardLink(NamedTuple):
@@ -98,10 +101,10 @@ class LayerEntries:
 class KeptEntries:
     """The entries of layers by stream id, for who needs them soon: see ``LayerEntries``.
 
-    ``limit`` bounds their number, and so memory: an entry takes about 500 bytes. Thread-safe.
+    ``limit`` bounds their number. Thread-safe.
     """
 
-    def __init__(self, limit: int = 100_000) -> None:
+    def __init__(self, limit: int = MAX_KEPT) -> None:
         self._lock = threading.Lock()
         self._left = limit
         self._layers: dict[ObjectId, list[Entry]] = {}
