@@ -448,25 +448,31 @@ def test_all_is_synced_before_it_is_exchanged(tmp_path: Path, monkeypatch: pytes
 
 
 MERGER = """
-import pickle, sys
+import os, pickle, signal, sys
 from pathlib import Path
 from hostimage_testing.etctrees import image, opened
 from hostimaged.host import etcmerge
 from hostimaged.host.setuproot import MountMode
 from hostimaged.progress import Silent
 pristine, new = pickle.load(sys.stdin.buffer)
+class Deadly(Silent):
+    left = int(sys.argv[2])
+    def at(self, point):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
 print("go", flush=True)
 with opened(Path(sys.argv[1], "current")) as current, opened(Path(sys.argv[1], "deploy")) as deployment:
     etcmerge.merge(image(pristine), current, image(new), deployment,
-                   booted_mode=MountMode.BIND, mode=MountMode.BIND, reporter=Silent())
+                   booted_mode=MountMode.BIND, mode=MountMode.BIND, reporter=Deadly())
     etcmerge.discard(deployment)
 """
 
 
 @contextmanager
-def merging(path: Path, trees: bytes) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that merges; it has begun when the block does."""
-    command = [sys.executable, "-c", MERGER, str(path)]
+def merging(path: Path, trees: bytes, steps: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that merges; it has begun when the block does. After ``steps`` it kills itself."""
+    command = [sys.executable, "-c", MERGER, str(path), str(steps)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -500,12 +506,14 @@ def test_random_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert snapshot(tmp_path / "deploy/etc") == merged
     ends = {"unmerged": 0, "merged": 0, "done": 0}
     with opened(tmp_path / "deploy") as deployment:
-        for _ in range(KILLS):
+        for number in range(KILLS):
             subprocess.run(["rm", "-r", tmp_path / "deploy/etc"], check=True)
             make(new, tmp_path / "deploy/etc")
-            with merging(tmp_path, trees) as process:
-                time.sleep(noise.uniform(0, duration))
-                process.send_signal(signal.SIGKILL)
+            # By its own count, whatever the machine is busy with, and at any instruction.
+            with merging(tmp_path, trees, noise.randrange(1, len(new)) if number % 2 else 0) as process:
+                if not number % 2:
+                    time.sleep(noise.uniform(0, duration))
+                    process.send_signal(signal.SIGKILL)
                 finished = process.wait(60) == 0
             etc = snapshot(tmp_path / "deploy/etc")
             assert etc in (new, merged)

@@ -388,6 +388,7 @@ CONFIG = "etc/selinux/config"
         ([MINIMAL, layer({CONFIG: TARGETED, CONTEXTS: b"/(a b\n"})], "SELinux", True),
         ([MINIMAL, layer({CONFIG: TARGETED, CONTEXTS: b"/a\n"})], "line 1", True),
         ([MINIMAL, layer({CONFIG: TARGETED, CONTEXTS: b"/\xff a\n"})], "line 1: not UTF-8", True),
+        ([MINIMAL, layer({"etc/selinux": b"x"})], "a file in place of a directory", True),
         (
             [
                 MINIMAL,

@@ -1,4 +1,4 @@
-"""Hosts as bootc leaves them, in a scratch root, written from the description of its state and nothing else.
+"""Hosts as bootc leaves them, in a scratch root: from a description of its state, and from its source.
 
 ``RecordedHost`` writes each fact by itself, so that any of them can be left out or be wrong; ``lives.py``
 puts them together. Nothing of hostimaged writes here.
