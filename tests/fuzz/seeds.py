@@ -349,24 +349,28 @@ def pulled_seeds() -> Iterator[bytes]:
     yield b'{"version": 2}'
 
 
-SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
-    "tar": tar_seeds,
-    "layer": tar_seeds,
-    "gzip": gzip_seeds,
-    "zstd": zstd_seeds,
-    "stream": stream_seeds,
-    "erofs": erofs_seeds,
-    "dump": dump_seeds,
-    "metadata": metadata_seeds,
-    "manifest": manifest_seeds,
-    "config": config_seeds,
-    "index": index_seeds,
-    "proxy": proxy_seeds,
-    "reference": reference_seeds,
-    "policy": policy_seeds,
-    "registries": registries_seeds,
-    "pulled": pulled_seeds,
-} | boot_seeds.SEEDS | host_seeds.SEEDS
+SEEDS: dict[str, Callable[[], Iterator[bytes]]] = (
+    {
+        "tar": tar_seeds,
+        "layer": tar_seeds,
+        "gzip": gzip_seeds,
+        "zstd": zstd_seeds,
+        "stream": stream_seeds,
+        "erofs": erofs_seeds,
+        "dump": dump_seeds,
+        "metadata": metadata_seeds,
+        "manifest": manifest_seeds,
+        "config": config_seeds,
+        "index": index_seeds,
+        "proxy": proxy_seeds,
+        "reference": reference_seeds,
+        "policy": policy_seeds,
+        "registries": registries_seeds,
+        "pulled": pulled_seeds,
+    }
+    | boot_seeds.SEEDS
+    | host_seeds.SEEDS
+)
 
 
 def main() -> None:
