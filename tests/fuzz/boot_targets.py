@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from hostimaged.boot import automaton, bls, grubcfg, kargs, osrelease, patterns, pe, selinux
 from hostimaged.boot.cmdline import Cmdline, validate_arguments
+from hostimaged.boot.expressions import Concat, Literal
 from hostimaged.boot.loader import Bootloader
 from hostimaged.boot.order import boot_counter, choose_names, menu_order, same_for_all
 from hostimaged.composefs.tree import Directory, Inline, Leaf, Stat, Symlink, walk
@@ -150,12 +151,11 @@ def file_contexts(data: bytes) -> None:
     alone = automaton.Automaton()
     for path in (*PATHS, *(rule.expression.replace("\\", "").encode() for rule in rules[:4])):
         for kind in b"d-":
-            ending = patterns.Literal(bytes([kind]))
+            ending = Literal(bytes([kind]))
             matching = [
                 rule.label
                 for rule, node in zip(rules, nodes, strict=True)
-                if rule.kind in (None, kind)
-                and alone.matches(patterns.Concat((node, ending)), path + ending.data)
+                if rule.kind in (None, kind) and alone.matches(Concat((node, ending)), path + ending.data)
             ]
             assert policy.label(path, kind) == (matching[-1] if matching else None), path
     _label_tree(rules, aliases)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.boot.patterns import (
+from hostimaged.boot.expressions import (
     Alternate,
     Concat,
     Literal,
@@ -25,7 +25,7 @@ from hostimaged.errors import UnsupportedImage
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hostimaged.boot.patterns import Node
+    from hostimaged.boot.expressions import Node
 
 #: States of the non-deterministic automaton, up to 300 bytes each. The policy of Fedora makes about 100,000.
 MAX_NODES: Final = 500_000
