@@ -67,7 +67,6 @@ def without_prefix(host: RecordedHost) -> Life:
     return Life(host, new, rollback=old)
 
 
-@pytest.mark.xfail(strict=True, reason="staging does not rename kernels that lack the prefix yet")
 @pytest.mark.parametrize("era", [Era.SIDECAR, Era.CURRENT], ids=str)
 def test_a2_names_without_prefix_do_not_cost_our_entry(
     recorded: Recorded, cfsctl: str, kind: Kind, era: Era
