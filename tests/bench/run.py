@@ -160,6 +160,7 @@ class Bench:
                 if before is not None:
                     measure.run(program.pull(root, before), None, program.environment)
                 argv = self._argv(program, scenario, root, image)
+                measure.settle(root)
                 if number < self._rounds:
                     argv = [*self._prefix, *argv]
                     outputs.add(measure.run(argv, result, program.environment).split()[-1])
