@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot import bls
-from hostimaged.boot.bls import Entry
 from hostimaged.boot.grubcfg import MenuEntry
 from hostimaged.host import cleanup, journal, space
 from hostimaged.host.artifacts import INITRD, KERNEL, read_file
@@ -24,6 +23,7 @@ from hostimaged.ids import DeploymentId
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hostimaged.boot.bls import Entry
     from hostimaged.host.entries import SetEntry
     from hostimaged.host.menu import MenuItem
     from hostimaged.host.model import HostState

@@ -122,11 +122,11 @@ def set_kernel_arguments(session: Session, add: Iterable[str], remove: Iterable[
     That is the staged one, locked or not, else the default. The others keep theirs. Raises ``InvalidArgs``,
     ``PreconditionFailed`` for an argument to remove that is not there, ``BootLoaderError`` for a UKI.
     """
-    add, removing = list(add), validate_arguments(remove)
-    validate_arguments(add)
+    added, removing = tuple(add), validate_arguments(remove)
+    validate_arguments(added)
     state = begin(session)
     # What GRUB would expand or split is not added; what is there already can be taken away.
-    adding = validate_arguments(add, grub=state.dirs.loader is not Bootloader.SYSTEMD)
+    adding = validate_arguments(added, grub=state.dirs.loader is not Bootloader.SYSTEMD)
     staged = state.staged_deployment
     row = staged or state.default_deployment
     if row is None:
