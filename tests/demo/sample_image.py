@@ -5,7 +5,7 @@ with them the manifest digest, are the same wherever zlib and zstd are the same.
 one layout share every layer but the last. Layers have what real ones have: hard links, symlinks, long names,
 file capabilities, replaced and deleted files, a directory made opaque, a kernel.
 
-usage: sample_image.py DIRECTORY [--version VERSION]
+usage: sample_image.py DIRECTORY [--version VERSION] [--tag TAG]
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ def _release(version: str) -> Callable[[Tree], None]:
         """What differs from version to version."""
         text = f'NAME=Sample\nID=sample\nVERSION_ID={version}\nPRETTY_NAME="Sample OS {version}"\n'
         tree.file("usr/lib/os-release", text.encode())
+        tree.file("etc/issue", f"Sample OS {version}\n".encode())
         tree.directory("usr/share/release")
         tree.file("usr/share/release/notes.txt", prose(f"notes of {version}", 100_000))
         tree.file("usr/share/release/update.bin", noise(f"update {version}", 3 << 20))
@@ -219,8 +220,11 @@ def _release(version: str) -> Callable[[Tree], None]:
     return write
 
 
-def build(directory: Path, *, version: str = "1") -> SampleImage:
-    """Write the image of ``version``, tagged with it, into the layout at ``directory``, made if need be."""
+def build(directory: Path, *, version: str = "1", tag: str | None = None) -> SampleImage:
+    """Write the image of ``version`` into the layout at ``directory``, made if need be.
+
+    It gets the name ``tag``, the version by default; what had that name before has none then.
+    """
     (directory / "blobs/sha256").mkdir(parents=True, exist_ok=True)
     (directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     contents: list[tuple[str, str, Callable[[Tree], None]]] = [
@@ -246,8 +250,9 @@ def build(directory: Path, *, version: str = "1") -> SampleImage:
         ],
     }
     descriptor = _store(directory, _MANIFEST_TYPE, manifest)
-    _list(directory, descriptor, version)
-    return SampleImage(f"oci:{directory}:{version}", descriptor["digest"], config["digest"], version, layers)
+    name = tag or version
+    _list(directory, descriptor, name)
+    return SampleImage(f"oci:{directory}:{name}", descriptor["digest"], config["digest"], version, layers)
 
 
 def _config(version: str, layers: tuple[Layer, ...]) -> dict[str, Any]:
@@ -317,8 +322,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build a sample OS image as an OCI image layout.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--version", default="1")
+    parser.add_argument("--tag", help="name of the image in the layout (default: its version)")
     arguments = parser.parse_args()
-    print(build(arguments.directory.absolute(), version=arguments.version).reference)
+    image = build(arguments.directory.absolute(), version=arguments.version, tag=arguments.tag)
+    print(image.reference)
 
 
 if __name__ == "__main__":
