@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import signal
 import sys
@@ -98,10 +99,8 @@ class Demo:
             self._check("cfsctl accepts the repository", accepted)
 
     def _prepare(self) -> SampleImage:
-        from sample_image import build
-
         heading("A sample OS image in an OCI image layout")
-        image = build(self._scratch.image, version="1", tag=_TAG)
+        image = self._publish("1")
         for layer in image.layers:
             print(
                 f"  layer {layer.title:<10} {layer.compression:<5} {layer.size / 2**20:6.1f} MiB", flush=True
@@ -110,6 +109,12 @@ class Demo:
         self._programs.start_bus()
         self._programs.start_daemon()
         return image
+
+    def _publish(self, version: str) -> SampleImage:
+        from sample_image import build
+
+        # Files of the image belong to who runs this: only root could deploy those of others.
+        return build(self._scratch.image, version=version, tag=_TAG, owner=(os.geteuid(), os.getegid()))
 
     def _pull(self, image: SampleImage) -> None:
         heading("Pull the image: fetched, verified, stored, turned into a composefs image")
@@ -140,10 +145,8 @@ class Demo:
         (self._scratch.etc / "motd").write_text("changed by the administrator\n")
 
     def _upgrade(self) -> None:
-        from sample_image import build
-
         heading("A new version is published: what would an update be?")
-        image = build(self._scratch.image, version="2", tag=_TAG)
+        image = self._publish("2")
         self._programs.ctl("check")
 
         heading("Upgrade: only what is new is fetched, then staged beside what runs")

@@ -90,10 +90,11 @@ class _Hashing:
 
 
 class Tree:
-    """Writes the entries of one layer; paths are relative, contents bytes."""
+    """Writes the entries of one layer, all with one owner; paths are relative, contents bytes."""
 
-    def __init__(self, archive: tarfile.TarFile) -> None:
+    def __init__(self, archive: tarfile.TarFile, owner: tuple[int, int]) -> None:
         self._archive = archive
+        self._owner = owner
 
     def directory(self, path: str, mode: int = 0o755) -> None:
         """A directory."""
@@ -136,6 +137,7 @@ class Tree:
         entry.type = kind
         entry.mode = mode
         entry.mtime = EPOCH
+        entry.uid, entry.gid = self._owner
         return entry
 
 
@@ -220,10 +222,13 @@ def _release(version: str) -> Callable[[Tree], None]:
     return write
 
 
-def build(directory: Path, *, version: str = "1", tag: str | None = None) -> SampleImage:
+def build(
+    directory: Path, *, version: str = "1", tag: str | None = None, owner: tuple[int, int] = (0, 0)
+) -> SampleImage:
     """Write the image of ``version`` into the layout at ``directory``, made if need be.
 
-    It gets the name ``tag``, the version by default; what had that name before has none then.
+    It gets the name ``tag``, the version by default; what had that name before has none then. Its files
+    belong to user and group of ``owner``: only root can deploy what is another's.
     """
     (directory / "blobs/sha256").mkdir(parents=True, exist_ok=True)
     (directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
@@ -234,7 +239,7 @@ def build(directory: Path, *, version: str = "1", tag: str | None = None) -> Sam
         ("changes", "gzip", _changes),
         ("release", "zstd", _release(version)),
     ]
-    layers = tuple(_layer(directory, title, compression, fill) for title, compression, fill in contents)
+    layers = tuple(_layer(directory, *content, owner) for content in contents)
     config = _store(directory, _CONFIG_TYPE, _config(version, layers))
     manifest = {
         "schemaVersion": 2,
@@ -272,14 +277,16 @@ def _config(version: str, layers: tuple[Layer, ...]) -> dict[str, Any]:
     }
 
 
-def _layer(directory: Path, title: str, compression: str, fill: Callable[[Tree], None]) -> Layer:
+def _layer(
+    directory: Path, title: str, compression: str, fill: Callable[[Tree], None], owner: tuple[int, int]
+) -> Layer:
     temporary = directory / "blobs" / f".{title}.partial"
     with temporary.open("wb") as file:
         blob = _Hashing(file)
         with _compressed(blob, compression) as compressor:
             tar = _Hashing(compressor)
             with tarfile.open(fileobj=tar, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-                fill(Tree(archive))
+                fill(Tree(archive, owner))
     temporary.rename(_blob(directory, blob.digest))
     return Layer(title, compression, blob.digest, blob.size, tar.digest, tar.size)
 
