@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostimage_dbus.errors import EXIT_OK, ErrorName
-from hostimagectl import progress
+from hostimagectl import difference, progress
 from hostimagectl.failure import Failure, Interrupted
 from hostimagectl.follow import Follower
 from hostimagectl.job import Job, job_id
@@ -91,10 +91,16 @@ def _print_json(job: Job, console: Console, *, failure: Failure | None) -> None:
     console.json(
         {
             "job": job.as_dict(),
-            "result": dict(job.result) if job.succeeded else None,
+            "result": _result(job) if job.succeeded else None,
             "error": None if failure is None else failure.as_dict(),
         }
     )
+
+
+def _result(job: Job) -> dict[str, object]:
+    """The result as it came, but for a document in it, which is part of ours then."""
+    document = difference.document_of(job.result)
+    return dict(job.result) if document is None else {**job.result, difference.KEY: document}
 
 
 def _farewell(path: str | None) -> str:

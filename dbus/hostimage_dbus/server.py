@@ -12,7 +12,7 @@ import asyncio
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
@@ -47,7 +47,7 @@ CALLS_IN_ALL: Final = 4096
 _INTERNAL: Final = "internal error; the journal has the details"
 
 #: Gets a call whose signature was checked; returns the values of the answer, now or later.
-Handler = Callable[[MethodCall], Sequence[Any] | Encoded | Awaitable[Sequence[Any]]]
+Handler = Callable[[MethodCall], Sequence[Any] | Encoded | Awaitable[Sequence[Any] | Encoded]]
 #: Gets the call that sets a property, and the new value, whose type was checked.
 Setter = Callable[[MethodCall, Any], Awaitable[None]]
 
@@ -199,18 +199,28 @@ class ObjectServer:
                 )
             if inspect.iscoroutinefunction(handler):
                 self._admit(call)
-                self._waiting[call.sender] += 1
-                self._tasks.create_task(self._wait(call, method, handler))
-                return
             result = handler(call)
+            if inspect.iscoroutine(result):
+                self._later(call, method, result)
+                return
             assert not inspect.isawaitable(result)
             self._connection.reply(call, method.out_signature, result)
         except Exception as error:  # noqa: BLE001 (every call gets its answer)
             self._fail(call, error)
 
-    async def _wait(self, call: MethodCall, method: Method, handler: Callable[[MethodCall], Any]) -> None:
+    def _later(self, call: MethodCall, method: Method, answer: Coroutine[Any, Any, Any]) -> None:
+        """Reply when ``answer`` is there."""
         try:
-            self._connection.reply(call, method.out_signature, await handler(call))
+            self._admit(call)
+        except BusError:
+            answer.close()
+            raise
+        self._waiting[call.sender] += 1
+        self._tasks.create_task(self._wait(call, method, answer))
+
+    async def _wait(self, call: MethodCall, method: Method, answer: Coroutine[Any, Any, Any]) -> None:
+        try:
+            self._connection.reply(call, method.out_signature, await answer)
         except asyncio.CancelledError:
             self._connection.reply_error(call, ErrorName.CANCELLED, "the service is stopping")
             raise

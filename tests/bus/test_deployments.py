@@ -203,6 +203,34 @@ async def test_kernel_arguments_are_set(host: RecordedHost, served: Daemon, clie
     assert host.reboot() == life.booted.id
 
 
+async def test_two_deployments_are_compared(host: RecordedHost, served: Daemon, client: Client) -> None:
+    life = upgraded(host)
+    assert life.rollback is not None
+    await served.start()
+    properties = await known(client, lambda found: found["RollbackTarget"] != NO_OBJECT)
+    booted, rollback = properties["Booted"], properties["RollbackTarget"]
+    result = await do(client, "Diff", "oa{sv}", booted, {}, path=rollback)
+    document = json.loads(result["diff"])
+    assert (document["from"]["id"], document["to"]["id"]) == (life.rollback.id, life.booted.id)
+    assert document["files"]["changed"] == result["files-changed"] > 0
+    assert (result["problems"], result["truncated"]) == ([], False)
+    # Nothing is read a second time, until something is different.
+    (host.repository / "images" / life.rollback.id).unlink()
+    assert await do(client, "Diff", "oa{sv}", booted, {}, path=rollback) == result
+    failed = await client.removed(await start(client, "Diff", "oa{sv}", rollback, {}, path=booted))
+    assert failed[3:5] == ["failed", ErrorName.IMAGE_NOT_FOUND]
+    itself = await client.removed(await start(client, "Diff", "oa{sv}", booted, {}, path=booted))
+    assert itself[3:5] == ["failed", ErrorName.PRECONDITION_FAILED]
+
+
+async def test_who_starts_the_daemon_is_told_all(host: RecordedHost, served: Daemon, client: Client) -> None:
+    """Its first call comes before the first scan."""
+    life = upgraded(host)
+    await served.start()
+    document = await client.status()
+    assert [row["id"] for row in document["deployments"] if row["booted"]] == [life.booted.id]
+
+
 async def test_both_status_documents_tell_of_deployments(
     host: RecordedHost, served: Daemon, client: Client
 ) -> None:

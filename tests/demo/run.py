@@ -1,9 +1,10 @@
 """The demo: the whole job end to end, on a private bus and a scratch root, without root privileges.
 
-Starts a message bus and the daemon for itself, builds a sample OS image, and drives the daemon with
-``hostimagectl`` as a user would, showing each command and its output, and checking what came of it. Ends with
-a summary of what was done; everything it made is removed, unless ``--keep`` says otherwise. Exit code 0 if
-all went as it should.
+Starts a message bus and the daemon for itself, builds a sample OS image, deploys it, and drives the daemon
+with ``hostimagectl`` as a user would: pull, status, upgrade, reboot, roll back. Each command is shown with
+its output, and what came of it is checked. A reboot is a new start of the daemon on a root whose facts are
+written anew. Ends with a summary of what was done; everything it made is removed, unless ``--keep`` says
+otherwise. Exit code 0 if all went as it should.
 
 usage: run.py [--keep]
 """
@@ -11,95 +12,27 @@ usage: run.py [--keep]
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
 import os
-import select
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from report import DemoFailed, Report, heading
 
-#: A socket's path may have 107 bytes, and ours end in /hostimaged-demo-XXXXXXXX/notify.
-_LONGEST_DIRECTORY: Final = 75
-_START_TIMEOUT: Final = 20.0
-_STOP_TIMEOUT: Final = 10.0
-_COMMAND_TIMEOUT: Final = 120.0
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from programs import Programs
+    from sample_image import SampleImage
+    from scratch import Scratch
+
 _NOT_FOUND: Final = 22
 _PACKAGES: Final = ("hostimaged", "hostimagectl", "hostimage_dbus", "zstandard")
-_BOOT_ID: Final = "0d5a3b6e-5f0e-4a53-9d0e-7f6b3a1c2d4e"
-
-_BUS_CONFIGURATION: Final = """\
-<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>session</type>
-  <listen>unix:path={socket}</listen>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow own="*"/>
-    <allow send_destination="*"/>
-    <allow receive_sender="*"/>
-  </policy>
-</busconfig>
-"""
-
-
-class DemoFailed(Exception):
-    """Something did not go as it should."""
-
-
-@dataclass
-class Report:
-    """What the summary tells."""
-
-    commands: int = 0
-    checks: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-
-class Scratch:
-    """The scratch root: a host made of plain files, and everything else that the demo makes."""
-
-    def __init__(self) -> None:
-        parent = tempfile.gettempdir()
-        if len(parent) > _LONGEST_DIRECTORY:
-            parent = "/tmp"
-        self.path = Path(tempfile.mkdtemp(prefix="hostimaged-demo-", dir=parent))
-        self.root = self.path / "root"
-        self.image = self.path / "image"
-        self.log = self.path / "hostimaged.log"
-        self._write("etc/hostimaged.toml", 'verity = "opportunistic"\n')
-        self._write("etc/containers/policy.json", '{"default": [{"type": "insecureAcceptAnything"}]}\n')
-        self._write("etc/containers/registries.conf", "")
-        self._write("proc/sys/kernel/random/boot_id", _BOOT_ID + "\n")
-        (self.root / "sysroot").mkdir()
-
-    @property
-    def repository(self) -> Path:
-        """The composefs repository that the first pull makes."""
-        return self.root / "sysroot/composefs"
-
-    def size(self) -> int:
-        """Bytes on disk of the repository."""
-        return sum(path.lstat().st_blocks * 512 for path in self.repository.rglob("*"))
-
-    def _write(self, name: str, text: str) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+#: The name in the layout that updates follow, as a tag in a registry that is moved to each new version.
+_TAG: Final = "stable"
 
 
 def main() -> int:
@@ -110,13 +43,15 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the scratch directory and say where it is")
     arguments = parser.parse_args()
     check_requirements()
+    from programs import Programs
+    from scratch import Scratch
+
     signal.signal(signal.SIGTERM, _terminated)
     report = Report()
     scratch = Scratch()
     try:
         with ExitStack() as stack:
-            demo = Demo(scratch, report, stack)
-            demo.run()
+            Demo(scratch, report, Programs(scratch, report, stack)).run()
     except DemoFailed as error:
         print(f"\nThe demo FAILED: {error}", flush=True)
         _show_log(scratch.log)
@@ -140,202 +75,144 @@ def check_requirements() -> None:
 
 
 class Demo:
-    """The steps; processes are ended by ``stack``."""
+    """The steps, each of which raises ``DemoFailed``."""
 
-    def __init__(self, scratch: Scratch, report: Report, stack: ExitStack) -> None:
+    def __init__(self, scratch: Scratch, report: Report, programs: Programs) -> None:
         self._scratch = scratch
         self._report = report
-        self._stack = stack
-        self._environment = dict(os.environ)
+        self._programs = programs
 
     def run(self) -> None:
-        """Every step in turn; raises ``DemoFailed``."""
-        from sample_image import build
+        """Every step in turn."""
+        image = self._prepare()
+        self._pull(image)
+        self._deploy(image)
+        self._upgrade()
+        self._roll_back()
+        heading("The end")
+        status = self._status()
+        self._check("no problems, nothing left running", status["problems"] == [] and status["jobs"] == [])
+        accepted = self._programs.cfsctl_accepts()
+        if accepted is None:
+            print("  (cfsctl, composefs-rs's own tool, is not installed: its check is left out)", flush=True)
+        else:
+            self._check("cfsctl accepts the repository", accepted)
 
-        heading("A sample OS image, two versions of it, in an OCI image layout")
-        first = build(self._scratch.image, version="1")
-        second = build(self._scratch.image, version="2")
-        for layer in first.layers:
+    def _prepare(self) -> SampleImage:
+        heading("A sample OS image in an OCI image layout")
+        image = self._publish("1")
+        for layer in image.layers:
             print(
                 f"  layer {layer.title:<10} {layer.compression:<5} {layer.size / 2**20:6.1f} MiB", flush=True
             )
-
         heading("A private bus, and the daemon on a scratch root")
-        self._start_bus()
-        self._start_daemon()
+        self._programs.start_bus()
+        self._programs.start_daemon()
+        return image
 
+    def _publish(self, version: str) -> SampleImage:
+        from sample_image import build
+
+        # Files of the image belong to who runs this: only root could deploy those of others.
+        return build(self._scratch.image, version=version, tag=_TAG, owner=(os.geteuid(), os.getegid()))
+
+    def _pull(self, image: SampleImage) -> None:
         heading("Pull the image: fetched, verified, stored, turned into a composefs image")
-        self._ctl("pull", first.reference)
-        rows = self._images()
-        self._check("the image is listed with its digest", _row(rows, first.manifest_digest) is not None)
-        self._check("its version is known", _value(rows, first.manifest_digest, "version") == "1")
-
-        heading("What the repository holds now")
-        self._ctl("images")
-        self._ctl("status")
+        self._programs.ctl("pull", image.reference)
+        rows = self._programs.json("images")["images"]
+        row = next((row for row in rows if row["manifest-digest"] == image.manifest_digest), {})
+        self._check("the image is listed with its digest and version", row.get("version") == "1")
 
         heading("Pull again: nothing to do")
-        self._ctl("pull", first.reference)
-        again = self._json("pull", first.reference)
-        self._check("a third pull, asked for JSON, changed nothing", again["result"]["changed"] is False)
-        self._check("and read no layer", again["job"]["bytesDone"] < 100_000)
-
-        heading("The next version shares all layers but one")
-        update = self._json("pull", "--expect-digest", second.manifest_digest, second.reference, show=True)
-        job = update["job"]
-        shared = sum(layer.size for layer in first.layers[:-1])
-        self._check("the shared layers were not read again", job["bytesCached"] >= shared)
-        self._check("the update is the one that was expected", len(self._images()) == 2)
+        again = self._programs.json("pull", image.reference, show=True)
+        self._check("nothing was changed", again["result"]["changed"] is False)
+        self._check("and no layer was read", again["job"]["bytesDone"] < 100_000)
 
         heading("What goes wrong says so, and has its own exit code")
-        self._ctl("pull", f"oci:{self._scratch.image}:no-such-version", code=_NOT_FOUND)
+        self._programs.ctl("pull", f"oci:{self._scratch.image}:no-such-version", code=_NOT_FOUND)
 
-        heading("The end")
-        status = self._json("status")
-        self._check("no problems, nothing left running", status["problems"] == [] and status["jobs"] == [])
-        self._check_with_cfsctl()
+    def _deploy(self, image: SampleImage) -> None:
+        heading("The first deployment, as an installer makes it: without the bus")
+        self._programs.stop_daemon()
+        root = str(self._scratch.root)
+        self._programs.hostimaged("deploy", "--root", root, "--verity", "opportunistic", image.reference)
+        self._scratch.configure()
+        self._power_on("The host starts for the first time")
+        self._programs.ctl("status")
+        status = self._status()
+        self._check("version 1 runs", _version(status, "booted") == "1")
+        self._check("its image is the one that updates follow", status["trackedImage"] == image.reference)
+        (self._scratch.etc / "motd").write_text("changed by the administrator\n")
 
-    def _start_bus(self) -> None:
-        configuration = self._scratch.path / "bus.conf"
-        configuration.write_text(_BUS_CONFIGURATION.format(socket=self._scratch.path / "bus"))
-        reader, writer = os.pipe()
-        try:
-            argv = ["dbus-daemon", f"--config-file={configuration}", "--nofork", f"--print-address={writer}"]
-            self._spawn("dbus-daemon", argv, pass_fds=(writer,))
-            os.close(writer)
-            writer = -1
-            if not select.select([reader], [], [], _START_TIMEOUT)[0]:
-                raise DemoFailed("dbus-daemon did not start in time")
-            address = os.read(reader, 4096).decode().strip()
-        finally:
-            for descriptor in (reader, writer):
-                if descriptor >= 0:
-                    os.close(descriptor)
-        if not address:
-            raise DemoFailed("dbus-daemon did not start")
-        self._environment["DBUS_SYSTEM_BUS_ADDRESS"] = address
+    def _upgrade(self) -> None:
+        heading("A new version is published: what would an update be?")
+        image = self._publish("2")
+        self._programs.ctl("check")
 
-    def _start_daemon(self) -> None:
-        """Start hostimaged and wait until it says, as to systemd, that it is ready."""
-        path = self._scratch.path / "notify"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(str(path))
-            argv = [sys.executable, "-m", "hostimaged", "--root", str(self._scratch.root)]
-            daemon = self._spawn("hostimaged", argv, NOTIFY_SOCKET=str(path))
-            notify.settimeout(0.2)
-            deadline = time.monotonic() + _START_TIMEOUT
-            while time.monotonic() < deadline:
-                if daemon.poll() is not None:
-                    raise DemoFailed(f"hostimaged ended with exit code {daemon.returncode}")
-                with contextlib.suppress(TimeoutError):
-                    if b"READY=1" in notify.recv(4096).split(b"\n"):
-                        return
-        raise DemoFailed("hostimaged was not ready in time")
+        heading("Upgrade: only what is new is fetched, then staged beside what runs")
+        done = self._programs.json("upgrade", "--expect-digest", image.manifest_digest, show=True)
+        self._check("the new version is staged", done["result"]["result"] == "staged")
+        shared = sum(layer.size for layer in image.layers[:-1])
+        self._check("the layers it shares were not read again", done["job"]["bytesCached"] >= shared)
+        self._programs.ctl("upgrade")
+        self._programs.ctl("status")
+        status = self._status()
+        self._check("version 1 still runs", _version(status, "booted") == "1")
+        self._check("version 2 boots next", _version(status, "staged") == "2")
+        self._programs.ctl("diff", "booted", "staged")
 
-    def _spawn(
-        self, name: str, argv: Sequence[str], pass_fds: Sequence[int] = (), **environment: str
-    ) -> subprocess.Popen[bytes]:
-        """Start a process that lives as long as the demo."""
-        _print_command(argv)
-        with self._scratch.log.open("ab") as log:
-            process = subprocess.Popen(
-                argv,
-                env=self._environment | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=pass_fds,
-                # Ctrl-C is for the demo, which ends its processes in order.
-                start_new_session=True,
-            )
-        self._stack.callback(_stop, process)
-        print(f"  {name} runs as process {process.pid}", flush=True)
-        return process
+        self._reboot("Reboot: the shutdown merges /etc and activates what is staged")
+        self._programs.ctl("status")
+        status = self._status()
+        self._check("version 2 runs", _version(status, "booted") == "2")
+        self._check("version 1 can be rolled back to", _version(status, "is-rollback") == "1")
+        self._check("/etc has what is new in version 2", "2" in (self._scratch.etc / "issue").read_text())
+        motd = (self._scratch.etc / "motd").read_text()
+        self._check("and keeps what the administrator wrote", motd == "changed by the administrator\n")
 
-    def _ctl(self, *arguments: str, code: int = 0) -> None:
-        """Run a command as a user sees it."""
-        _print_command(["hostimagectl", *arguments])
-        self._finished(self._client(arguments), arguments, code)
-        if code:
-            print(f"  (exit code {code})", flush=True)
+    def _roll_back(self) -> None:
+        heading("Roll back: the former version is still there, so nothing is fetched")
+        self._programs.ctl("rollback")
+        self._programs.ctl("status")
+        self._check("the rollback waits for the reboot", self._status()["rollbackQueued"] is True)
+        self._reboot("Reboot into the former version")
+        self._programs.ctl("status")
+        status = self._status()
+        self._check("version 1 runs again", _version(status, "booted") == "1")
+        self._check("version 2 is what could be gone to", _version(status, "is-rollback") == "2")
 
-    def _json(self, *arguments: str, show: bool = False) -> dict[str, Any]:
-        """The JSON result of a command; progress is shown if ``show``."""
-        arguments = (*arguments, "--json") if show else (*arguments, "--json", "--quiet")
-        if show:
-            _print_command(["hostimagectl", *arguments])
-        done = self._client(arguments, stdout=subprocess.PIPE)
-        self._finished(done, arguments, 0)
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
+    def _reboot(self, title: str) -> None:
+        heading(title)
+        self._programs.stop_daemon()
+        self._programs.hostimaged("finalize", "--root", str(self._scratch.root))
+        self._power_on()
 
-    def _images(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._json("images")["images"]
-        return rows
+    def _power_on(self, title: str = "") -> None:
+        if title:
+            heading(title)
+        entry = self._scratch.power_on()
+        print(f"  the boot loader starts '{entry.title}', the kernel deployment {entry.deployment[:12]}")
+        self._programs.start_daemon()
+        self._report.booted(entry.title)
 
-    def _client(
-        self, arguments: Sequence[str], stdout: int | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        self._report.commands += 1
-        try:
-            return subprocess.run(
-                [sys.executable, "-m", "hostimagectl", *arguments],
-                check=False,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                text=True,
-                timeout=_COMMAND_TIMEOUT,
-            )
-        except subprocess.TimeoutExpired:
-            raise DemoFailed(f"'hostimagectl {shlex.join(arguments)}' did not end in time") from None
-
-    def _finished(
-        self, done: subprocess.CompletedProcess[str], arguments: Sequence[str], expected: int
-    ) -> None:
-        if done.returncode != expected:
-            command = f"hostimagectl {shlex.join(arguments)}"
-            raise DemoFailed(f"'{command}' ended with exit code {done.returncode}, expected {expected}")
-
-    def _check_with_cfsctl(self) -> None:
-        """Where composefs-rs's own tool is installed, it judges the repository."""
-        if shutil.which("cfsctl") is None:
-            print("  (cfsctl, composefs-rs's own tool, is not installed: its check is left out)", flush=True)
-            return
-        argv = ["cfsctl", "--insecure", "--repo", str(self._scratch.repository), "fsck"]
-        _print_command(argv)
-        done = subprocess.run(
-            argv,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT,
-        )
-        if done.returncode:
-            print(done.stdout + done.stderr, flush=True)
-        self._check("cfsctl accepts the repository", done.returncode == 0)
+    def _status(self) -> dict[str, Any]:
+        return self._programs.json("status")
 
     def _check(self, what: str, truth: bool) -> None:
-        if not truth:
-            raise DemoFailed(f"not true: {what}")
-        self._report.checks.append(what)
-        print(f"  checked: {what}", flush=True)
+        self._report.check(what, truth)
 
 
-def _row(rows: list[dict[str, Any]], digest: str) -> dict[str, Any] | None:
-    return next((row for row in rows if row["manifest-digest"] == digest), None)
-
-
-def _value(rows: list[dict[str, Any]], digest: str, key: str) -> object:
-    return (_row(rows, digest) or {}).get(key)
+def _version(status: dict[str, Any], role: str) -> str | None:
+    """Version of the one deployment that has a role, None if there is none or there are several."""
+    versions = [row["version"] for row in status["deployments"] if row[role]]
+    return versions[0] if len(versions) == 1 else None
 
 
 def summary(report: Report, scratch: Scratch, *, kept: bool) -> None:
     """Say what was done, made and removed."""
-    seconds = time.monotonic() - report.started
     heading("Summary")
-    print(f"  {report.commands} commands run, {len(report.checks)} results checked, {seconds:.0f} seconds.")
+    for line in report.lines():
+        print(f"  {line}")
     print("  Started and ended: a private dbus-daemon, hostimaged and its workers.")
     if kept:
         print(f"  Kept: {scratch.path}")
@@ -345,30 +222,11 @@ def summary(report: Report, scratch: Scratch, *, kept: bool) -> None:
     print("  Nothing else was touched: no system bus, no system directory.", flush=True)
 
 
-def heading(text: str) -> None:
-    """A title above what follows."""
-    print(f"\n=== {text}", flush=True)
-
-
-def _print_command(argv: Sequence[str]) -> None:
-    words = ["python" if word == sys.executable else word for word in argv]
-    print(f"$ {shlex.join(words)}", flush=True)
-
-
 def _show_log(log: Path) -> None:
     if log.exists() and log.stat().st_size:
         print("The end of the daemon's log:")
         for line in log.read_text(errors="replace").splitlines()[-30:]:
             print(f"  {line}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

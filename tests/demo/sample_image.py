@@ -5,7 +5,7 @@ with them the manifest digest, are the same wherever zlib and zstd are the same.
 one layout share every layer but the last. Layers have what real ones have: hard links, symlinks, long names,
 file capabilities, replaced and deleted files, a directory made opaque, a kernel.
 
-usage: sample_image.py DIRECTORY [--version VERSION]
+usage: sample_image.py DIRECTORY [--version VERSION] [--tag TAG]
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ class _Hashing:
 
 
 class Tree:
-    """Writes the entries of one layer; paths are relative, contents bytes."""
+    """Writes the entries of one layer, all with one owner; paths are relative, contents bytes."""
 
-    def __init__(self, archive: tarfile.TarFile) -> None:
+    def __init__(self, archive: tarfile.TarFile, owner: tuple[int, int]) -> None:
         self._archive = archive
+        self._owner = owner
 
     def directory(self, path: str, mode: int = 0o755) -> None:
         """A directory."""
@@ -136,6 +137,7 @@ class Tree:
         entry.type = kind
         entry.mode = mode
         entry.mtime = EPOCH
+        entry.uid, entry.gid = self._owner
         return entry
 
 
@@ -212,6 +214,7 @@ def _release(version: str) -> Callable[[Tree], None]:
         """What differs from version to version."""
         text = f'NAME=Sample\nID=sample\nVERSION_ID={version}\nPRETTY_NAME="Sample OS {version}"\n'
         tree.file("usr/lib/os-release", text.encode())
+        tree.file("etc/issue", f"Sample OS {version}\n".encode())
         tree.directory("usr/share/release")
         tree.file("usr/share/release/notes.txt", prose(f"notes of {version}", 100_000))
         tree.file("usr/share/release/update.bin", noise(f"update {version}", 3 << 20))
@@ -219,8 +222,14 @@ def _release(version: str) -> Callable[[Tree], None]:
     return write
 
 
-def build(directory: Path, *, version: str = "1") -> SampleImage:
-    """Write the image of ``version``, tagged with it, into the layout at ``directory``, made if need be."""
+def build(
+    directory: Path, *, version: str = "1", tag: str | None = None, owner: tuple[int, int] = (0, 0)
+) -> SampleImage:
+    """Write the image of ``version`` into the layout at ``directory``, made if need be.
+
+    It gets the name ``tag``, the version by default; what had that name before has none then. Its files
+    belong to user and group of ``owner``: only root can deploy what is another's.
+    """
     (directory / "blobs/sha256").mkdir(parents=True, exist_ok=True)
     (directory / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     contents: list[tuple[str, str, Callable[[Tree], None]]] = [
@@ -230,7 +239,7 @@ def build(directory: Path, *, version: str = "1") -> SampleImage:
         ("changes", "gzip", _changes),
         ("release", "zstd", _release(version)),
     ]
-    layers = tuple(_layer(directory, title, compression, fill) for title, compression, fill in contents)
+    layers = tuple(_layer(directory, *content, owner) for content in contents)
     config = _store(directory, _CONFIG_TYPE, _config(version, layers))
     manifest = {
         "schemaVersion": 2,
@@ -246,8 +255,9 @@ def build(directory: Path, *, version: str = "1") -> SampleImage:
         ],
     }
     descriptor = _store(directory, _MANIFEST_TYPE, manifest)
-    _list(directory, descriptor, version)
-    return SampleImage(f"oci:{directory}:{version}", descriptor["digest"], config["digest"], version, layers)
+    name = tag or version
+    _list(directory, descriptor, name)
+    return SampleImage(f"oci:{directory}:{name}", descriptor["digest"], config["digest"], version, layers)
 
 
 def _config(version: str, layers: tuple[Layer, ...]) -> dict[str, Any]:
@@ -267,14 +277,16 @@ def _config(version: str, layers: tuple[Layer, ...]) -> dict[str, Any]:
     }
 
 
-def _layer(directory: Path, title: str, compression: str, fill: Callable[[Tree], None]) -> Layer:
+def _layer(
+    directory: Path, title: str, compression: str, fill: Callable[[Tree], None], owner: tuple[int, int]
+) -> Layer:
     temporary = directory / "blobs" / f".{title}.partial"
     with temporary.open("wb") as file:
         blob = _Hashing(file)
         with _compressed(blob, compression) as compressor:
             tar = _Hashing(compressor)
             with tarfile.open(fileobj=tar, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-                fill(Tree(archive))
+                fill(Tree(archive, owner))
     temporary.rename(_blob(directory, blob.digest))
     return Layer(title, compression, blob.digest, blob.size, tar.digest, tar.size)
 
@@ -317,8 +329,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build a sample OS image as an OCI image layout.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--version", default="1")
+    parser.add_argument("--tag", help="name of the image in the layout (default: its version)")
     arguments = parser.parse_args()
-    print(build(arguments.directory.absolute(), version=arguments.version).reference)
+    image = build(arguments.directory.absolute(), version=arguments.version, tag=arguments.tag)
+    print(image.reference)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from hostimage_dbus.errors import EXIT_OK
 from hostimagectl import service
+from hostimagectl.deployments import short_digest
 from hostimagectl.output import ABSENT, number_of, size, text_of, timestamp
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ KEYS: Final = (
     "problem",
 )
 _MICRO: Final = 1_000_000
-_SHOWN_DIGITS: Final = 12
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -58,12 +58,24 @@ def show(rows: Sequence[Mapping[str, object]], console: Console) -> None:
 
 
 def table(rows: Sequence[Mapping[str, object]], console: Console) -> None:
-    """The rows as a table, with problems below it."""
+    """The rows as a table, with problems below it; an image that several tags name is shown once."""
+    rows = _distinct(rows)
     console.table(("image", "version", "size", "pulled", "digest"), [_cells(row) for row in rows])
     for row in rows:
         problem = text_of(row.get("problem"))
         if problem:
             console.fields([(f"problem of {_name(row)}", problem)])
+
+
+def _distinct(rows: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """For each manifest the row that tells where it came from, if there is one; in their order."""
+    best: dict[object, Mapping[str, object]] = {}
+    for row in rows:
+        digest = text_of(row.get("manifest-digest")) or id(row)
+        if digest not in best or (not best[digest].get("reference") and row.get("reference")):
+            best[digest] = row
+    chosen = {id(row) for row in best.values()}
+    return [row for row in rows if id(row) in chosen]
 
 
 def _cells(row: Mapping[str, object]) -> tuple[str, str, str, str, str]:
@@ -76,13 +88,8 @@ def _cells(row: Mapping[str, object]) -> tuple[str, str, str, str, str]:
         text_of(row.get("version")) or ABSENT,
         size(amount) if amount else ABSENT,
         timestamp(number_of(row.get("pulled")) * _MICRO),
-        _short(text_of(row.get("manifest-digest"))) or ABSENT,
+        short_digest(text_of(row.get("manifest-digest"))) or ABSENT,
     )
-
-
-def _short(digest: str) -> str:
-    """Enough of a digest to tell images apart; --quiet and --json give the whole."""
-    return digest[: len("sha256:") + _SHOWN_DIGITS]
 
 
 def _name(row: Mapping[str, object]) -> str:

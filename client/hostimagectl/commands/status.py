@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.errors import EXIT_OK
 from hostimage_dbus.names import JobState
-from hostimagectl import service
+from hostimagectl import deployments, service
 from hostimagectl.commands import images
 from hostimagectl.output import ABSENT, number_of, printable, size, text_of, timestamp
 
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
 
 #: Results shown to a person; JSON has all that the daemon remembers.
 _RESULTS: Final = 5
-#: Digits of a deployment's id that are shown; the commands take as few as tell it apart.
-_SHOWN_DIGITS: Final = 12
-_DEPLOYMENT_STATES: Final = {
-    "booted": "booted",
-    "staged": "staged",
-    "is-rollback": "rollback",
-    "pinned": "pinned",
-    "locked": "locked",
-}
 
 
 async def run(arguments: argparse.Namespace, console: Console) -> int:
@@ -55,6 +46,7 @@ def show(document: Mapping[str, Any], console: Console) -> None:
             ("State", text_of(daemon.get("state")) or ABSENT),
             ("Tracked image", text_of(document.get("trackedImage")) or "none"),
             *_update(document),
+            *_reboot(document),
             *_holds(document),
             ("Repository", _repository(document.get("repository"))),
             ("Daemon", f"hostimaged {text_of(daemon.get('version')) or ABSENT}"),
@@ -87,22 +79,19 @@ def _holds(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _reboot(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reboot will do, and what is unusual."""
+    host = _section(document, "host")
+    sentence = deployments.reboot(host, _rows(document, "deployments"))
+    rows = [("Reboot", sentence)] if sentence else []
+    return rows + [("Note", text) for text in deployments.notes(host)]
+
+
 def _deployments(document: Mapping[str, Any], console: Console) -> None:
     rows = _rows(document, "deployments")
-    if not rows:
-        return
-    console.line("\nDeployments:")
-    console.table(("deployment", "state", "version", "image"), [_deployment_cells(row) for row in rows])
-
-
-def _deployment_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    states = [word for key, word in _DEPLOYMENT_STATES.items() if row.get(key) is True]
-    return (
-        text_of(row.get("id"))[:_SHOWN_DIGITS] or ABSENT,
-        ", ".join(states) or ABSENT,
-        text_of(row.get("version")) or ABSENT,
-        text_of(row.get("image")) or ABSENT,
-    )
+    if rows:
+        console.line("\nDeployments:")
+        deployments.table(rows, console)
 
 
 def _images(document: Mapping[str, Any], console: Console) -> None:

@@ -53,8 +53,10 @@ class DeploymentObjects:
     async def _answer(self, member: Member, id_: str, call: MethodCall) -> Sequence[Any]:
         return await self._guarded(member, call, id_)
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._rows
+    def id_at(self, path: str) -> str:
+        """Id of the deployment at a path, "" if there is none."""
+        row = self._rows.get(path)
+        return row.id if row is not None else ""
 
     def which(self, what: str) -> str:
         """Path of the first deployment for which the attribute ``what`` is true, else "/"."""

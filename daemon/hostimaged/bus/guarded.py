@@ -13,6 +13,7 @@ from hostimaged.jobs.job import Initiator, Terms
 from hostimaged.jobs.operations import (
     Check,
     Delete,
+    Diff,
     KernelArguments,
     Pin,
     Pull,
@@ -49,6 +50,7 @@ class GuardedMethods:
         queue: JobQueue,
         holds: Holds,
         reload: Callable[[], Awaitable[None]],
+        known: Callable[[], Awaitable[None]],
     ) -> None:
         self._gate = gate
         self._callers = callers
@@ -56,9 +58,14 @@ class GuardedMethods:
         self._queue = queue
         self._holds = holds
         self._reload = reload
+        self._known = known
 
     async def answer(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
-        """Carry out a call; ``deployment`` is the id of the object that was called."""
+        """Carry out a call; ``deployment`` is the id of the object that was called.
+
+        It may have started the daemon, so what is on the host is waited for.
+        """
+        await self._known()
         prepare = partial(make_request, member, call.body, self._model, deployment)
         async with self._gate.passed(call, prepare) as (caller, request):
             refuse_unbuilt(request)
@@ -130,5 +137,8 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         case Member.SET_KERNEL_ARGUMENTS:
             add, remove = request.arguments
             return KernelArguments(add=add, remove=remove, **waits)
+        case Member.DIFF:
+            (other,) = request.arguments
+            return Diff(deployment=request.deployment, other=other, **waits)
         case _:
             raise Internal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hostimage_dbus.names import MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.server import Export, Handler, ObjectServer
@@ -12,7 +12,7 @@ from hostimaged.bus.options import check_string, parse_options
 from hostimaged.errors import InvalidArgs
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from hostimage_dbus.transport import Encoded, MethodCall
     from hostimaged.bus.deployments import DeploymentObjects
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hostimaged.jobs.history import JobRecord
     from hostimaged.jobs.job import Job
     from hostimaged.jobs.queue import JobQueue
+
+Answer: TypeAlias = "Sequence[Any] | Encoded | Coroutine[Any, Any, Sequence[Any] | Encoded]"
 
 #: Methods that everybody may call are answered here, all others behind the gate.
 _OPEN: Final = (Member.GET_STATUS, Member.GET_DEPLOYMENT, Member.LIST_IMAGES, Member.LIST_JOBS)
@@ -88,24 +90,31 @@ class Manager:
     async def _answer(self, member: Member, call: MethodCall) -> Sequence[Any]:
         return await self._guarded(member, call)
 
-    def _get_status(self, call: MethodCall) -> Encoded:
+    def _get_status(self, call: MethodCall) -> Answer:
         form, options = call.body
         parse_options(Member.GET_STATUS, options)
-        if form == "bootc-v1":
-            return self._status.bootc_document
-        if form != "native":
+        answers = {"native": self._model.answer, "bootc-v1": lambda: self._status.bootc_document}
+        if form not in answers:
             raise InvalidArgs(f"there is no status format {form[:32]!a}")
-        return self._model.answer()
+        return self._once_known(answers[form])
 
-    def _get_deployment(self, call: MethodCall) -> Sequence[Any]:
+    def _get_deployment(self, call: MethodCall) -> Answer:
         name, options = call.body
         parse_options(Member.GET_DEPLOYMENT, options)
         check_string("the id", name, _MAX_NAME)
-        return [self._deployments.find(name)]
+        return self._once_known(lambda: [self._deployments.find(name)])
 
-    def _list_images(self, call: MethodCall) -> Encoded:
+    def _list_images(self, call: MethodCall) -> Answer:
         parse_options(Member.LIST_IMAGES, call.body[0])
-        return self._status.image_list
+        return self._once_known(lambda: self._status.image_list)
+
+    def _once_known(self, answer: Callable[[], Sequence[Any] | Encoded]) -> Answer:
+        """At once, but for calls that come before the first scan is back: one of them started the daemon."""
+        return answer() if self._status.is_known else self._later(answer)
+
+    async def _later(self, answer: Callable[[], Sequence[Any] | Encoded]) -> Sequence[Any] | Encoded:
+        await self._status.known()
+        return answer()
 
     def _list_jobs(self, _call: MethodCall) -> Sequence[Any]:
         return [[[job.id, job.kind, str(job.state), job.path] for job in self._queue.jobs]]

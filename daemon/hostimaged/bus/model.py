@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 #: What the daemon is doing while a job of this kind runs (property State).
 STATES: Final = {
     "check": "checking",
+    "diff": "checking",
     "pull": "pulling",
     "upgrade": "pulling",
     "switch": "pulling",
@@ -99,9 +100,9 @@ class Model:
         """Names of the images of deployments, by manifest digest."""
         return {row.image_digest: row.image for row in self._status.findings.deployments if row.image_digest}
 
-    def is_deployment(self, path: str) -> bool:
-        """Whether there is a deployment at an object path."""
-        return path in self._deployments
+    def deployment_at(self, path: str) -> str:
+        """Id of the deployment at an object path, "" if there is none."""
+        return self._deployments.id_at(path)
 
     @property
     def reboot_required(self) -> bool:

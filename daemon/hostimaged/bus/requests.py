@@ -68,8 +68,8 @@ class World(Protocol):
     def deployed(self) -> Mapping[str, str]:
         """Names of the images of deployments, by manifest digest."""
 
-    def is_deployment(self, path: str) -> bool:
-        """Whether there is a deployment at an object path."""
+    def deployment_at(self, path: str) -> str:
+        """Id of the deployment at an object path, "" if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,10 @@ def make_request(member: Member, body: Sequence[Any], world: World, deployment: 
             return Request(member, options, image, str(ImageReference.parse(image)), digest)
         case Member.STAGE:
             return _stage(options, arguments[0], world)
+        case Member.DIFF:
+            return Request(member, options, deployment=deployment, arguments=(_other(arguments[0], world),))
         case _:
-            _check_arguments(member, arguments, world)
+            _check_arguments(member, arguments)
             return Request(member, options, deployment=deployment, arguments=_frozen(arguments))
 
 
@@ -181,7 +183,15 @@ def _local(image: str, images: Sequence[ImageRow]) -> ImageRow:
     return next((row for row in named if row.reference), named[0])
 
 
-def _check_arguments(member: Member, arguments: Sequence[Any], world: World) -> None:
+def _other(path: str, world: World) -> str:
+    """Id of the deployment that is compared with."""
+    found = world.deployment_at(path)
+    if not found:
+        raise InvalidArgs("there is no such deployment to compare with")
+    return found
+
+
+def _check_arguments(member: Member, arguments: Sequence[Any]) -> None:
     match member:
         case Member.EXPLAIN:
             check_string("what is to be explained", arguments[0], MAX_LENGTH)
@@ -194,9 +204,6 @@ def _check_arguments(member: Member, arguments: Sequence[Any], world: World) -> 
                 raise InvalidArgs(f"an update policy is one of {', '.join(POLICIES)}")
         case Member.HOLD_UPDATES:
             check_string("the reason", arguments[1], _MAX_REASON)
-        case Member.DIFF:
-            if not world.is_deployment(arguments[0]):
-                raise InvalidArgs("there is no such deployment to compare with")
 
 
 def _check_kernel_arguments(arguments: Sequence[str]) -> None:

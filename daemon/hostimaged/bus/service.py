@@ -12,6 +12,7 @@ from hostimage_dbus.server import ObjectServer
 from hostimage_dbus.transport import BusError
 from hostimaged.bus.callers import Callers
 from hostimaged.bus.deployments import DeploymentObjects
+from hostimaged.bus.diffs import DiffCache
 from hostimaged.bus.gate import Gate
 from hostimaged.bus.guarded import GuardedMethods
 from hostimaged.bus.jobs import LINGER, JobObjects
@@ -90,6 +91,7 @@ class Service:
         self._logind = Logind(connection)
         gate = Gate(callers, authority, self._logind, paths)
         self._inhibitors = Inhibitors(self._logind.inhibit, tasks)
+        self._diffs = DiffCache()
         self._status = StatusCache(self._worker, self._changed)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._deployments = DeploymentObjects(self._server, self._guarded)
@@ -104,7 +106,9 @@ class Service:
             settings=settings,
             settings_problems=settings_problems,
         )
-        self._methods = GuardedMethods(gate, callers, self._model, self._queue, holds, self._reload)
+        self._methods = GuardedMethods(
+            gate, callers, self._model, self._queue, holds, self._reload, self._status.known
+        )
         self._jobs = JobObjects(self._server, gate, linger=linger)
         self._log_control = LogControl(self._server, gate, settings.log_level)
         self._manager = Manager(
@@ -150,7 +154,8 @@ class Service:
         self._inhibitors.close()
 
     def _worker(self, operation: Operation) -> Worker:
-        return Worker(self._workers, operation)
+        known = self._diffs.find(operation, self._status.findings.deployments)
+        return Worker(self._workers, operation, known)
 
     async def _guarded(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
         return await self._methods.answer(member, call, deployment)
@@ -196,6 +201,7 @@ class Service:
         By then nothing of it keeps the machine awake: who waits may want to restart it.
         """
         self._inhibitors.release(job)
+        self._diffs.take(job, self._status.findings.deployments)
         if self._updates.job_ended(job, self._model.tracked):
             self._tasks.create_task(self._updates.save())
         self._manager.refresh()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from hostimaged.jobs.process import Worker
 
 SCHEMA: Final = 1
+#: Seconds that callers wait for the scan at start: it takes well under one on a host that is in order, and
+#: one that hangs must not keep them for long.
+FIRST_SCAN: Final = 5.0
 
 _logger = get_logger("hostimaged.bus")
 
@@ -72,6 +76,18 @@ class StatusCache:
         self._last_place = 0
         self._taken_place = 0
         self._prepared = _prepare({})
+        self._known = asyncio.Event()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a scan came back."""
+        return self._known.is_set()
+
+    async def known(self) -> None:
+        """Return when the first scan came back, or after ``FIRST_SCAN`` without one."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SCAN):
+                await self._known.wait()
 
     @property
     def findings(self) -> Findings:
@@ -131,6 +147,7 @@ class StatusCache:
             return
         self._taken_place = place
         self._prepared = prepared
+        self._known.set()
         self._changed()
 
     def document(

@@ -23,7 +23,6 @@ MEMBERS: Final[Mapping[Member, str]] = {
     Member.EXPLAIN: "garbage collection",
     Member.SET_UNIFIED: "unified storage",
     Member.SET_UPDATE_POLICY: "automatic updates",
-    Member.DIFF: "comparison of deployments",
 }
 #: Options, where they are true, of members that are built.
 OPTIONS: Final[Mapping[str, str]] = {"unified": "unified storage"}

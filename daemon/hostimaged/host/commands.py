@@ -108,8 +108,9 @@ def deploy_main(argv: Sequence[str]) -> int:
         ("sysroot", "the mounted physical root"),
         ("boot", "the mounted boot directory of GRUB"),
         ("esp", "the mounted EFI system partition"),
+        ("root", "in place of these three: a host made of plain files below DIR"),
     ):
-        parser.add_argument(f"--{name}", type=Path, required=True, metavar="DIR", help=what)
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=what)
     parser.add_argument("--target-image", metavar="REF", help="what updates follow (default: IMAGE)")
     parser.add_argument(
         "--karg", action="append", default=[], metavar="A", help="a kernel argument; may be repeated"
@@ -121,19 +122,30 @@ def deploy_main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--esp-uuid", default="", metavar="UUID", help="of the ESP, for GRUB with UKIs")
     arguments = parser.parse_args(argv)
-    return _told(lambda: _deploy(arguments))
+    paths = _target(parser, arguments)
+    return _told(lambda: _deploy(paths, arguments))
 
 
-def _deploy(arguments: argparse.Namespace) -> dict[str, Any]:
+def _target(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> HostPaths:
+    """The places to deploy to; wrong usage ends the program."""
+    places = [arguments.sysroot, arguments.boot, arguments.esp]
+    if arguments.root is not None:
+        if any(place is not None for place in places):
+            parser.error("--root stands in place of --sysroot, --boot and --esp")
+        return HostPaths.scratch(arguments.root)
+    if any(place is None for place in places):
+        parser.error("--sysroot, --boot and --esp are required, or --root")
+    sysroot, boot, esp = (place.absolute() for place in places)
+    return HostPaths.target(sysroot, boot, esp)
+
+
+def _deploy(paths: HostPaths, arguments: argparse.Namespace) -> dict[str, Any]:
     # Not for the finalizer, which has little time.
     from hostimaged.host.deploy import DeployRequest, deploy
     from hostimaged.oci.pull import pull_image
 
     source = ImageReference.parse(arguments.image)
     target = source if arguments.target_image is None else ImageReference.parse(arguments.target_image)
-    paths = HostPaths.target(
-        arguments.sysroot.absolute(), arguments.boot.absolute(), arguments.esp.absolute()
-    )
     _make_run_directory(paths)
     reporter = _Told()
     with FileLock(paths.job_lock, timeout=0, what=str(paths.job_lock)):
@@ -150,7 +162,7 @@ def _deploy(arguments: argparse.Namespace) -> dict[str, Any]:
             OriginReference.of(target),
             tuple(arguments.karg),
             tuple(arguments.uki_addon),
-            arguments.esp_uuid or _find_uuid(arguments.esp),
+            arguments.esp_uuid or ("" if paths.esp is None else _find_uuid(paths.esp)),
         )
         with open_session(paths, reporter, bootloader=Bootloader(arguments.bootloader)) as session:
             return deploy(session, request)

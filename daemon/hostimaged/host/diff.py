@@ -93,6 +93,7 @@ def diff(
     reporter.at("diff.compare")
     files = _Files()
     files.compare(before, after)
+    reporter.at("diff.packages")
     problems: list[str] = []
     packages, arguments = _Part(_PACKAGES), _Part(_ARGUMENTS)
     try:

@@ -154,7 +154,7 @@ def open_session(
     repository = Repository.open(
         paths.repository,
         lock_timeout=lock_timeout,
-        insecure=_optional_verity(paths),
+        insecure=optional_verity(paths),
         check=lambda: reporter.at("host.locking"),
     )
     with repository:
@@ -163,7 +163,8 @@ def open_session(
             yield Session(paths, repository, reporter, work, lock_timeout, esp, bootloader)
 
 
-def _optional_verity(paths: HostPaths) -> bool:
+def optional_verity(paths: HostPaths) -> bool:
+    """Whether the host boots without fs-verity, so that its repository may lack it too."""
     try:
         booted = read_booted(paths, mount_table(paths))
     except HostimageError:

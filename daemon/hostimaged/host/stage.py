@@ -328,6 +328,7 @@ class _Stage:
             "manifest-digest": str(self._request.manifest_digest),
             "version": self._image.version,
             "image": self._request.reference.image_text,
+            "download-only": self._request.locked,
         }
         return found if etc is None else found | etc
 

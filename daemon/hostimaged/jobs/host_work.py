@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.jobs import work
+from hostimaged.progress import Silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hostimaged.host.session import Session
     from hostimaged.jobs import operations
     from hostimaged.jobs.channel import Channel
+    from hostimaged.jobs.slices import Slices
     from hostimaged.system.paths import HostPaths
 
 
@@ -33,6 +35,18 @@ def _session(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterato
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
         with suppress(HostimageError):
             work.scan(paths, None, channel)
+
+
+class _InSlices(Silent):
+    """Gives up the lock of the repository between steps of the work, where it is time to."""
+
+    def __init__(self, slices: Slices) -> None:
+        self._slices = slices
+
+    def at(self, point: str) -> None:
+        """See ``Reporter``."""
+        if self._slices.due():
+            self._slices.take()
 
 
 def upgrade(paths: HostPaths, operation: operations.Upgrade, channel: Channel) -> dict[str, Any]:
@@ -111,6 +125,40 @@ def kernel_arguments(
 
     with _session(paths, channel, operation.lock_timeout) as session:
         return reorder.set_kernel_arguments(session, operation.add, operation.remove)
+
+
+def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict[str, Any]:
+    """Tell what is different between two deployments; the lock is held in slices.
+
+    ``diff`` is the whole as JSON text (``hostimaged.host.diff``), beside it are its numbers.
+    """
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.host import diff as comparison
+    from hostimaged.host.read import read_host
+    from hostimaged.host.session import optional_verity
+    from hostimaged.jobs.slices import Slices
+
+    with Repository.open(
+        paths.repository,
+        lock_timeout=operation.lock_timeout,
+        insecure=optional_verity(paths),
+        check=channel.check,
+    ) as repository:
+        slices = Slices(repository, channel, lock_timeout=operation.lock_timeout)
+        document = comparison.diff(
+            repository,
+            read_host(paths, repository),
+            DeploymentId(operation.deployment),
+            DeploymentId(operation.other),
+            _InSlices(slices),
+        )
+    numbers = {f"files-{key}": number for key, number in document["files"].items() if key != "list"}
+    return {
+        "diff": comparison.render(document),
+        **numbers,
+        "problems": document["problems"],
+        "truncated": document["truncated"],
+    }
 
 
 def recover(paths: HostPaths, operation: operations.Recover, channel: Channel) -> dict[str, Any]:

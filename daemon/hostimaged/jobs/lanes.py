@@ -140,6 +140,10 @@ class Lanes:
         """Jobs of a user that wait."""
         return sum(job.initiator.uid == uid for job in self._waiting)
 
+    def has_kind(self, kind: str, uid: int) -> bool:
+        """Whether a job of this kind of a user waits or runs."""
+        return any(job.kind == kind and job.initiator.uid == uid for job in self.jobs)
+
     def _yields(self, job: Job) -> bool:
         return lane_of(job) is Lane.BACKGROUND and (self._wanted() or (self.alone and in_slices(job)))
 

@@ -79,6 +79,8 @@ class _Operation(BaseModel):
     mutating: ClassVar[bool] = True
     #: Whether a background job of this kind is stopped, and queued again, for any job of a user.
     gives_way: ClassVar[bool] = False
+    #: Whether each user but root may have one job of this kind wait or run.
+    one_per_user: ClassVar[bool] = False
 
     @property
     def identity(self) -> Hashable:
@@ -279,6 +281,33 @@ class Check(_Operation):
         return _fetching(self.reference)
 
 
+class Diff(_Operation):
+    """Tell what changes from ``deployment`` to ``other``."""
+
+    mutating = False
+    one_per_user = True
+
+    kind: Literal["diff"] = "diff"
+    deployment: _Id
+    other: _Id
+    lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.deployment, self.other)
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return f"{self.deployment} {self.other}"
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN
+
+
 class Scan(_Operation):
     """Read the state of the host; changes nothing and takes no lock."""
 
@@ -305,6 +334,7 @@ def _fetching(reference: str) -> Profile:
 
 Operation = Annotated[
     Check
+    | Diff
     | Pull
     | Scan
     | Upgrade

@@ -62,12 +62,14 @@ class WorkerSettings:
 class Worker:
     """The worker process of an operation, and those of what it does then, one after the other.
 
-    ``run`` once; ``cancel`` at any time, from the same loop.
+    ``run`` once; ``cancel`` at any time, from the same loop. ``known``: what came of it before, if that is
+    still true; then there is no process.
     """
 
-    def __init__(self, settings: WorkerSettings, operation: Operation) -> None:
+    def __init__(self, settings: WorkerSettings, operation: Operation, known: Outcome | None = None) -> None:
         self._settings = settings
         self._operation = operation
+        self._known = known
         self._cancelled = asyncio.Event()
         self._writer: asyncio.StreamWriter | None = None
         self._requests: list[bytes] = []
@@ -99,6 +101,8 @@ class Worker:
 
         The result has what each of them achieved.
         """
+        if self._known is not None:
+            return self._known
         operation: Operation | None = self._operation
         result: dict[str, Any] = {}
         while operation is not None:

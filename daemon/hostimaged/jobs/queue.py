@@ -133,7 +133,7 @@ class JobQueue:
             if join and (equal := self._lanes.equal(operation.identity)) is not None:
                 self._join(equal, initiator, terms)
                 return equal
-            self._check_room(initiator.uid)
+            self._check_room(operation, initiator.uid)
             job = Job(0, operation, initiator, terms)
             held = terms.obeyed(self._holds)
             if not queue and held:
@@ -153,7 +153,9 @@ class JobQueue:
             self._reconsider()
             return job
 
-    def _check_room(self, uid: int) -> None:
+    def _check_room(self, operation: Operation, uid: int) -> None:
+        if operation.one_per_user and uid != 0 and self._lanes.has_kind(operation.kind, uid):
+            raise LimitsExceeded(f"a job of kind {operation.kind} of this user is under way already")
         if (mine := self._lanes.count(uid)) >= QUEUED_PER_UID:
             raise LimitsExceeded(f"{mine} jobs of this user are waiting already")
         if uid != 0 and len(self._lanes.waiting) >= QUEUED_IN_ALL:

@@ -34,6 +34,7 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 WORK: Final[Mapping[str, str]] = {
     "check": "hostimaged.jobs.work:check",
     "delete": "hostimaged.jobs.host_work:delete",
+    "diff": "hostimaged.jobs.host_work:diff",
     "kargs": "hostimaged.jobs.host_work:kernel_arguments",
     "pin": "hostimaged.jobs.host_work:pin",
     "pull": "hostimaged.jobs.work:pull",

@@ -99,6 +99,22 @@ def listed(bench: Bench) -> list[dict[str, tuple[str, Any]]]:
     return list(message.body[0])
 
 
+async def test_the_first_findings_are_waited_for(bench: Bench) -> None:
+    waiting = asyncio.ensure_future(bench.cache.known())
+    await asyncio.sleep(0)
+    assert not bench.cache.is_known
+    assert not waiting.done()
+    await bench.cache.take(bench.cache.begin(), FOUND)
+    await waiting
+    assert bench.cache.is_known
+
+
+async def test_they_are_not_waited_for_for_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hostimaged.bus.status.FIRST_SCAN", 0.01)
+    await bench.cache.known()
+    assert not bench.cache.is_known
+
+
 async def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None:
     await bench.cache.take(bench.cache.begin(), FOUND)
     assert bench.changes == 1

@@ -431,9 +431,10 @@ def test_status_tells_of_deployments_updates_and_holds(make_console: Any) -> Non
     console = make_console()
     more = {
         "deployments": [
-            {"id": "ab" * 32, "booted": True, "pinned": True, "version": "42.1", "image": "docker://x\x1b"},
             {"id": "cd" * 32, "booted": False, "staged": True},
+            {"id": "ab" * 32, "booted": True, "pinned": True, "version": "42.1", "image": "docker://x\x1b"},
         ],
+        "host": {"next": "cd" * 32, "soft-rebooted": True},
         "update": {"version": "42.2", "state": "available", "download-size": 3 << 20},
         "holds": [
             {"kind": "manual", "until": 1_700_000_000_000_000, "reason": "a fair\x07"},
@@ -443,8 +444,10 @@ def test_status_tells_of_deployments_updates_and_holds(make_console: Any) -> Non
     status.show(STATUS | more, console)
     lines = [" ".join(line.split()) for line in console.out.splitlines()]
     assert "Update: 42.2 (available, 3.0 MiB to download)" in lines
-    assert "abababababab booted, pinned 42.1 docker://x\\x1b" in lines
-    assert "cdcdcdcdcdcd staged - -" in lines
+    assert "abababababab booted, pinned 42.1 - - docker://x\\x1b" in lines
+    assert "cdcdcdcdcdcd staged - - - -" in lines
+    assert "Reboot: starts deployment cdcdcdcdcdcd, which is staged" in lines
+    assert any(line.startswith("Note: the kernel was started for another") for line in lines)
     assert "Held: metered" in lines
     assert any(line.startswith("Held: manual until 2023-11-1") for line in lines)
     assert "\x07" not in console.out

@@ -25,7 +25,7 @@ DIFF_IDS = {
     "libraries": "sha256:7cf63498b823a7e4db81d053e7c9a91defa6d5830d161c02b55889133b51b4ef",
     "documents": "sha256:07010eff2ab90d8e5f4f270daffb9e663f6aaf87e3ca5a011d5d4fc1160c4b81",
     "changes": "sha256:7bfeeff22c5c89fd7c35d1dbb063591709a1479aa288e2c826fcbcd0a861da79",
-    "release": "sha256:8a56bf55ddd35d349e527ce04ce32924ee7cab2a037d50786b6cf6e4f82f0126",
+    "release": "sha256:d1ab5bb07b2ac2d411f707f4932c83021094fbf9aa19f6a7c7ea2738b2c6cc3d",
 }
 
 
@@ -129,6 +129,13 @@ def test_versions_share_all_but_the_last_layer(builder: ModuleType, tmp_path: Pa
     }
     assert found == {"1": one.manifest_digest, "2": two.manifest_digest}
     assert len(index["manifests"]) == 2
+
+
+def test_a_name_moves_on_to_the_next_version(builder: ModuleType, tmp_path: Path) -> None:
+    one, two = (builder.build(tmp_path, version=version, tag="stable") for version in "12")
+    assert one.reference == two.reference == f"oci:{tmp_path}:stable"
+    (entry,) = json.loads((tmp_path / "index.json").read_text())["manifests"]
+    assert entry["digest"] == two.manifest_digest
 
 
 @pytest.mark.interop

@@ -14,6 +14,7 @@ from hostimage_testing.queue_bench import Bench
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
 from hostimaged.jobs.events import BytesEvent, PhaseEvent, StatusEvent, TotalsEvent
 from hostimaged.jobs.job import Failure, Initiator, Job
+from hostimaged.jobs.operations import Diff
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_PER_UID
 
@@ -142,3 +143,19 @@ async def test_the_file_knows_a_job_before_anybody_else(bench: Bench) -> None:
     await bench.running()
     assert b'"next_id": 2' in known[0]
     assert b'"id": 1' in known[0]
+
+
+async def test_each_user_has_one_comparison_at_a_time(bench: Bench) -> None:
+    ids = [digit * 128 for digit in "abc"]
+    first = Diff(deployment=ids[0], other=ids[1])
+    other = Diff(deployment=ids[0], other=ids[2])
+    job = await bench.submit(operation=first, who=Initiator(5))
+    assert await bench.submit(operation=first, who=Initiator(5)) is job
+    with pytest.raises(LimitsExceeded, match="of this user"):
+        await bench.submit(operation=other, who=Initiator(5))
+    for who in (Initiator(6), Initiator(0), Initiator(0)):
+        await bench.submit(operation=other, who=who, join=False)
+    await bench.until("changed", job.id, "running")
+    bench.workers[0].end(Outcome())
+    await bench.until("finished", job.id, "done")
+    await bench.submit(operation=other, who=Initiator(5), join=False)
