@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from hostimaged.composefs.tree import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from hostimaged.composefs.fsverity import Buffer
 
+_NO_XATTRS: Final[dict[bytes, bytes]] = {}
 #: Entries of layers just imported that are kept: each takes about 500 bytes of memory.
 MAX_KEPT: Final = 100_000
 
@@ -134,10 +136,17 @@ def _consumed(entries: list[Entry]) -> Iterator[Entry]:
         yield entries.pop()
 
 
+@lru_cache(maxsize=1024)
+def _plain_stat(mode: int, uid: int, gid: int, mtime: int, nsec: int) -> Stat:
+    """One for all that are alike: the files of a package often are, and there are very many."""
+    return Stat(mode, uid, gid, mtime, nsec, _NO_XATTRS)
+
+
 def _entry(header: tar.TarHeader, content: Content) -> Entry:
     """The entry; ``content`` counts for files only."""
     item = _item(header, content)
-    stat = Stat(header.mode, header.uid, header.gid, header.mtime, header.nsec, header.xattrs)
+    plain = header.mode, header.uid, header.gid, header.mtime, header.nsec
+    stat = Stat(*plain, header.xattrs) if header.xattrs else _plain_stat(*plain)
     return Entry(tuple(split_path(header.path)), stat, item)
 
 
