@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,8 +161,14 @@ def test_a_tree_too_deep(tmp_path: Path, repository: Repository) -> None:
 
 def test_a_sparse_file_too_large(tmp_path: Path, repository: Repository) -> None:
     root = image({})
-    root.entries[b"x"] = Leaf(PLAIN, Sparse(1 << 62))
-    refused(tmp_path, repository, root, StorageError, "cannot write /etc of the deployment")
+    root.entries[b"x"] = Leaf(PLAIN, Sparse(1 << 40))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What a file system can hold differs; so does the limit for this process.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, limits[1]))
+    try:
+        refused(tmp_path, repository, root, StorageError, "cannot write /etc of the deployment")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("etc", [None, Leaf(PLAIN, Sparse(0)), Leaf(PLAIN, CharDevice(0))])
