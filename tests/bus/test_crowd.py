@@ -17,12 +17,14 @@ from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import BUS_NAME, MANAGER_INTERFACE, ROOT_PATH
-from hostimage_dbus.transport import BusError, Connection
+from hostimage_dbus.transport import BusError, Connection, Variant
 from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, steps_until
 from hostimage_testing.host import ACCEPT_ANYTHING
 from hostimage_testing.polkit_double import Answer, PolkitDouble
 from hostimage_testing.users import NEEDS_ROOT, NOBODY, SOMEBODY, as_user, user
 
+#: What an upgrade is authorised with, and then refused for, as nothing does it yet.
+UNIFIED = {"unified": Variant("b", True)}
 pytestmark = NEEDS_ROOT
 MANAGER = DBusAddress(ROOT_PATH, BUS_NAME, MANAGER_INTERFACE)
 TRACKED = "docker://registry.example/os:latest"
@@ -80,7 +82,7 @@ async def test_ten_thousand_calls_of_one_user(tracking: Daemon, bus: Bus, client
             for thread in threads:
                 thread.start()
             with pytest.raises(BusError) as answer:
-                await other.manager("Upgrade", "a{sv}", {})
+                await other.manager("Upgrade", "a{sv}", UNIFIED)
             assert answer.value.name == ErrorName.NOT_SUPPORTED, "authorised, and then not built yet"
             assert [c.action for c in polkit.checks if c.subject["name"] == other.connection.unique_name] == [
                 "org.hostimage1.update"
@@ -103,7 +105,7 @@ async def test_many_hanging_dialogs(tracking: Daemon, bus: Bus, client: Client, 
     async with PolkitDouble.connect(bus.address, Answer.HANG) as polkit, AsyncExitStack() as stack:
         many = [await stack.enter_async_context(user(bus)) for _ in range(8)]
         asking = [
-            asyncio.ensure_future(one.manager("Upgrade", "a{sv}", {}, interactive=True))
+            asyncio.ensure_future(one.manager("Upgrade", "a{sv}", UNIFIED, interactive=True))
             for one in many
             for _ in range(8)
         ]
@@ -114,7 +116,7 @@ async def test_many_hanging_dialogs(tracking: Daemon, bus: Bus, client: Client, 
         await client.cancel(path)
         await client.removed(path)
         other = await stack.enter_async_context(user(bus, SOMEBODY))
-        waiting = asyncio.ensure_future(other.manager("Upgrade", "a{sv}", {}, interactive=True))
+        waiting = asyncio.ensure_future(other.manager("Upgrade", "a{sv}", UNIFIED, interactive=True))
         await polkit.until(lambda p: p.hanging == 5)
         # Those who leave take their dialogs along.
         for one in many:
@@ -144,13 +146,13 @@ async def test_sixty_four_dialogs_of_sixteen_users(tracking: Daemon, bus: Bus, c
     async with PolkitDouble.connect(bus.address, Answer.HANG) as polkit, AsyncExitStack() as stack:
         users = [await stack.enter_async_context(user(bus, uid)) for uid in uids]
         asking = [
-            asyncio.ensure_future(one.manager("Upgrade", "a{sv}", {}, interactive=True))
+            asyncio.ensure_future(one.manager("Upgrade", "a{sv}", UNIFIED, interactive=True))
             for one in users[:16]
             for _ in range(4)
         ]
         await polkit.until(lambda p: p.hanging == 64)
         with pytest.raises(BusError) as refused:
-            await users[16].manager("Upgrade", "a{sv}", {}, interactive=True)
+            await users[16].manager("Upgrade", "a{sv}", UNIFIED, interactive=True)
         assert refused.value.name == ErrorName.LIMITS_EXCEEDED
         path = await client.pull(tracking.script("image", {"result": {}}))
         assert (await client.removed(path))[3] == "done"
