@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hostimaged.bus.service import Service
 
-#: The service subscribes to no signal but the bus's own, which are short.
+#: The service subscribes to signals of the bus, and of services that tell of a few properties.
 _LIMITS: Final = Limits(signal=64 << 10)
 #: What is done without the daemon (``hostimaged.host.commands``).
 _COMMANDS: Final = ("finalize", "deploy")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from hostimaged.system.durable import sync_filesystem
+
 _INTERVAL = 0.02
 
 
@@ -31,9 +33,17 @@ class Measured:
         return statistics.median(self.processor)
 
 
+def settle(directory: Path) -> None:
+    """Let what was written to the file system of ``directory`` reach its device before anything is timed."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync_filesystem(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def run(argv: list[str], into: Measured | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Run ``argv``, record it, and give its output; a failure ends the benchmark."""
-    os.sync()
     start = monotonic()
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(environment or os.environ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -20,4 +21,6 @@ result = pull_image(
     lock_timeout=60.0,
     reporter=Silent(),
 )
-print(result.tag)
+print(result.tag, flush=True)
+# As a worker ends.
+os._exit(0)

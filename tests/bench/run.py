@@ -1,6 +1,6 @@
 """Benchmarks beside cfsctl: both do the same work in turn, and ratios of medians are printed.
 
-usage: run.py [--rounds N] [--cache DIR] [--where DIR] [--list] [WORD …]
+usage: run.py [--rounds N] [--cache DIR] [--where DIR] [--prefix COMMAND] [--list] [WORD …]
 
 Each run is a process of its own; time is wall time from start to exit, and the processor time of all its
 processes. Absolute times mean little on shared machines: read the ratios. Memory is that of all processes of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from material import SMALL_FILES, Material
 from measure import Measured
 
 from hostimage_testing.host import scratch_host
-from hostimage_testing.registry import running_registry
+from hostimage_testing.registry import Registry, running_registry
 from hostimage_testing.tools import find
+from hostimaged.composefs.fsverity import Algorithm
+from hostimaged.composefs.repository import Repository, Verity
 
 HERE = Path(__file__).parent
 
@@ -46,8 +49,9 @@ class Ours(Program):
 
     name = "hostimaged"
 
-    def prepare(self, root: Path) -> None:
-        scratch_host(root, registries=self._registries.read_text())
+    def prepare(self, root: Path, algorithm: Algorithm) -> None:
+        host = scratch_host(root, registries=self._registries.read_text())
+        Repository.init(host.repository, algorithm=algorithm, verity=Verity.OPPORTUNISTIC)[0].close()
         self.environment |= {"PYDANTIC_DISABLE_PLUGINS": "1"}
 
     def pull(self, root: Path, image: str) -> list[str]:
@@ -68,10 +72,10 @@ class Theirs(Program):
     def _command(self, root: Path, *arguments: str) -> list[str]:
         return [self._cfsctl, "--repo", str(root / "repository"), "--insecure", *arguments]
 
-    def prepare(self, root: Path) -> None:
+    def prepare(self, root: Path, algorithm: Algorithm) -> None:
         root.mkdir()
-        init = [self._cfsctl, "init", "--insecure", str(root / "repository")]
-        subprocess.run(init, check=True, stdout=subprocess.DEVNULL)
+        init = [self._cfsctl, "init", "--insecure", "--algorithm", algorithm.identifier]
+        subprocess.run([*init, str(root / "repository")], check=True, stdout=subprocess.DEVNULL)
 
     def pull(self, root: Path, image: str) -> list[str]:
         return self._command(root, "oci", "pull", image, "image")
@@ -91,18 +95,25 @@ class Scenario:
     image: Callable[[Material], str]
     before: Callable[[Material], str] | None = None
     do: str = "pull"
+    algorithm: Algorithm = Algorithm.SHA512
 
 
-def scenarios(registry: Callable[[Material], str]) -> Iterator[Scenario]:
-    """All of them; ``registry`` gives the name of an image in a registry, which it starts."""
-    for layers in ("one", "eight"):
-        for kind in ("gzip", "zstd"):
-            yield Scenario(
-                f"pull, {layers} {kind}", lambda m, tag=f"{layers}-{kind}": f"oci:{m.debian()}:{tag}"
-            )
-        yield Scenario(f"pull, {layers} plain", lambda m, tag=layers: f"oci:{m.plain()}:{tag}")
-    yield Scenario("pull, registry, eight gzip", registry)
-    eight = lambda m: f"oci:{m.debian()}:eight-gzip"  # noqa: E731
+def debian(layers: str, kind: str) -> Callable[[Material], str]:
+    """The Debian of ``one`` or ``eight`` layers, ``gzip``, ``zstd`` or ``plain``."""
+    if kind == "plain":
+        return lambda m: f"oci:{m.plain()}:{layers}"
+    return lambda m: f"oci:{m.debian()}:{layers}-{kind}"
+
+
+def scenarios(registry: Callable[[str], str]) -> Iterator[Scenario]:
+    """All of them; ``registry`` copies an image to a registry, which it starts, and gives its name there."""
+    for where in ("", "registry, "):
+        for layers in ("one", "eight"):
+            for kind in ("gzip", "zstd", "plain"):
+                image = debian(layers, kind)
+                remote = lambda m, image=image: registry(image(m))  # noqa: E731
+                yield Scenario(f"pull, {where}{layers} {kind}", remote if where else image)
+    eight = debian("eight", "gzip")
     yield Scenario("pull again, eight gzip", eight, eight)
     yield Scenario(
         "pull update, one of eight",
@@ -114,14 +125,23 @@ def scenarios(registry: Callable[[Material], str]) -> Iterator[Scenario]:
     yield Scenario("pull, 4 files of 512 MiB", lambda m: f"oci:{m.large()}:image")
     for name, image in (("Debian", eight), ("100000 files", lambda m: f"oci:{m.small(100_000)}:image")):
         yield Scenario(f"EROFS image, {name}", image, image, "image")
-    yield Scenario("fsck, Debian", eight, eight, "fsck")
+    for algorithm in Algorithm:
+        yield Scenario(f"fsck, Debian, {algorithm.label}", eight, eight, "fsck", algorithm)
 
 
 class Bench:
     """Runs scenarios, below the directory ``work``."""
 
-    def __init__(self, material: Material, programs: tuple[Ours, Theirs], work: Path, rounds: int) -> None:
+    def __init__(
+        self,
+        material: Material,
+        programs: tuple[Ours, Theirs],
+        work: Path,
+        rounds: int,
+        prefix: list[str],
+    ) -> None:
         self._material = material
+        self._prefix = prefix
         self._programs = programs
         self._work = work
         self._rounds = rounds
@@ -136,11 +156,13 @@ class Bench:
             for program in self._programs if number % 2 else reversed(self._programs):
                 result = results[program.name]
                 root = self._work / program.name
-                program.prepare(root)
+                program.prepare(root, scenario.algorithm)
                 if before is not None:
                     measure.run(program.pull(root, before), None, program.environment)
                 argv = self._argv(program, scenario, root, image)
+                measure.settle(root)
                 if number < self._rounds:
+                    argv = [*self._prefix, *argv]
                     outputs.add(measure.run(argv, result, program.environment).split()[-1])
                 else:
                     measure.peak(argv, result, program.environment)
@@ -161,14 +183,27 @@ class Bench:
         return program.fsck(root) if scenario.do == "fsck" else program.pull(root, image)
 
 
-def pushed(stack: ExitStack, directory: Path, registries: Path, material: Material) -> str:
-    """Start a registry that has the Debian of eight gzip layers; its name there."""
-    registry = stack.enter_context(running_registry(directory))
-    registries.write_text(registry.registries_conf)
-    target = f"docker://{registry.host}/debian:latest"
-    copy = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false"]
-    subprocess.run([*copy, f"oci:{material.debian()}:eight-gzip", target], check=True)
-    return target
+class Remote:
+    """A registry on this machine, started when the first image is copied to it."""
+
+    def __init__(self, stack: ExitStack, directory: Path, registries: Path) -> None:
+        self._stack = stack
+        self._directory = directory
+        self._registries = registries
+        self._registry: Registry | None = None
+        self._names: dict[str, str] = {}
+
+    def __call__(self, image: str) -> str:
+        """The name of ``image`` there."""
+        if self._registry is None:
+            self._registry = self._stack.enter_context(running_registry(self._directory))
+            self._registries.write_text(self._registry.registries_conf)
+        if image not in self._names:
+            name = f"docker://{self._registry.host}/debian:{len(self._names)}"
+            copy = ["skopeo", "--insecure-policy", "copy", "-q", "--dest-tls-verify=false"]
+            subprocess.run([*copy, "--preserve-digests", image, name], check=True)
+            self._names[image] = name
+        return self._names[image]
 
 
 def main() -> None:
@@ -177,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each program per scenario")
     parser.add_argument("--cache", type=Path, default=Path(".cache/bench"), help="keeps the images")
     parser.add_argument("--where", type=Path, help="where repositories are made [the cache]")
+    parser.add_argument("--prefix", default="", help="begins each timed command, such as 'chrt -r 1'")
     parser.add_argument("--list", action="store_true", help="print the names of all scenarios")
     parser.add_argument("scenario", nargs="*", help="only scenarios whose name contains one of these words")
     args = parser.parse_args()
@@ -193,7 +229,7 @@ def main() -> None:
         material = Material(args.cache.absolute())
         chosen = [
             scenario
-            for scenario in scenarios(lambda m: pushed(stack, work / "registry", registries, m))
+            for scenario in scenarios(Remote(stack, work / "registry", registries))
             if not args.scenario or any(word in scenario.name for word in args.scenario)
         ]
         if args.list:
@@ -202,7 +238,8 @@ def main() -> None:
         print(f"{'':28} {'seconds':>17} {'':8} {'processor s':>19} {'peak MiB':>18}")
         print(f"{'':28} {'ours':>8} {'cfsctl':>8} {'ratio':>8} {'ours':>10} {'cfsctl':>8}", end="")
         print(f" {'ours':>9} {'cfsctl':>8}")
-        bench = Bench(material, (Ours(cfsctl, registries), Theirs(cfsctl, registries)), work, args.rounds)
+        programs = Ours(cfsctl, registries), Theirs(cfsctl, registries)
+        bench = Bench(material, programs, work, args.rounds, shlex.split(args.prefix))
         for scenario in chosen:
             print(bench.run(scenario), flush=True)
 

@@ -403,29 +403,76 @@ def test_another_tool_merged_in_place(tmp_path: Path) -> None:
     assert place.names == ["etc"]
 
 
+def test_a_merge_half_discarded_is_not_taken_back(disk: Disk, tmp_path: Path) -> None:
+    """Of the unmerged tree either all comes back or nothing."""
+    trial = Place(tmp_path / "trial")
+    trial.merge()
+    count = steps(disk, lambda: trial.do(etcmerge.discard))
+    found = []
+    for at in range(count):
+        place = Place(tmp_path / str(at))
+        place.merge()
+        assert crashed(disk, at, lambda place=place: place.do(etcmerge.discard))  # type: ignore[misc]
+        place.do(etcmerge.undo)
+        assert place.etc in (NEW, MERGED)
+        assert place.names == ["etc"]
+        found.append(place.etc == MERGED)
+    assert found == sorted(found)
+    assert True in found
+    assert False in found
+
+
+def test_all_is_synced_before_it_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the exchange after it, in the directory of the two names."""
+    place = Place(tmp_path)
+    done: list[str] = []
+
+    def recorded(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((syscalls, "syncfs"), (syscalls, "rename_exchange"), (os, "fsync"), (os, "mkdir"),
+                         (os, "symlink"), (os, "setxattr"), (os, "utime")):  # fmt: skip
+        recorded(module, name)
+    place.merge()
+    assert done[-3:] == ["syncfs", "rename_exchange", "fsync"]
+    assert "utime" in done[:-3]
+
+
 # --- kills -------------------------------------------------------------------------------------------------
 
 
 MERGER = """
-import pickle, sys
+import os, pickle, signal, sys
 from pathlib import Path
 from hostimage_testing.etctrees import image, opened
 from hostimaged.host import etcmerge
 from hostimaged.host.setuproot import MountMode
 from hostimaged.progress import Silent
 pristine, new = pickle.load(sys.stdin.buffer)
+class Deadly(Silent):
+    left = int(sys.argv[2])
+    def at(self, point):
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
 print("go", flush=True)
 with opened(Path(sys.argv[1], "current")) as current, opened(Path(sys.argv[1], "deploy")) as deployment:
     etcmerge.merge(image(pristine), current, image(new), deployment,
-                   booted_mode=MountMode.BIND, mode=MountMode.BIND, reporter=Silent())
+                   booted_mode=MountMode.BIND, mode=MountMode.BIND, reporter=Deadly())
     etcmerge.discard(deployment)
 """
 
 
 @contextmanager
-def merging(path: Path, trees: bytes) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that merges; it has begun when the block does."""
-    command = [sys.executable, "-c", MERGER, str(path)]
+def merging(path: Path, trees: bytes, steps: int = 0) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that merges; it has begun when the block does. After ``steps`` it kills itself."""
+    command = [sys.executable, "-c", MERGER, str(path), str(steps)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -459,12 +506,14 @@ def test_random_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert snapshot(tmp_path / "deploy/etc") == merged
     ends = {"unmerged": 0, "merged": 0, "done": 0}
     with opened(tmp_path / "deploy") as deployment:
-        for _ in range(KILLS):
+        for number in range(KILLS):
             subprocess.run(["rm", "-r", tmp_path / "deploy/etc"], check=True)
             make(new, tmp_path / "deploy/etc")
-            with merging(tmp_path, trees) as process:
-                time.sleep(noise.uniform(0, duration))
-                process.send_signal(signal.SIGKILL)
+            # By its own count, whatever the machine is busy with, and at any instruction.
+            with merging(tmp_path, trees, noise.randrange(1, len(new)) if number % 2 else 0) as process:
+                if not number % 2:
+                    time.sleep(noise.uniform(0, duration))
+                    process.send_signal(signal.SIGKILL)
                 finished = process.wait(60) == 0
             etc = snapshot(tmp_path / "deploy/etc")
             assert etc in (new, merged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from hostimage_testing import selinux_policy
 from hostimage_testing.uki import Section, pe, uki
 from hostimaged.boot.bls import Entry
 from hostimaged.boot.grubcfg import MenuEntry, serialise_efiuuid, serialise_user_cfg
@@ -73,6 +74,20 @@ def cmdline_seeds() -> Iterator[bytes]:
     yield b"x=$y {z} it's \\ \xc2\xa0 \""
 
 
+def file_contexts_seeds() -> Iterator[bytes]:
+    yield selinux_policy.BROAD.encode()
+    yield selinux_policy.SUBSTITUTIONS.encode()
+    yield b"\n".join(selinux_policy.file_contexts(60).splitlines()[-20:])
+    yield (
+        b"# a\n/usr/lib(64)?/[^/]{2,4}\\.so(\\.[0-9]+)* -- a:b:c:s0\n"
+        b"/[[:alpha:]_&&[^b]]+ <<none>>\n/(?i:A)x* -l y\n"
+    )
+    yield (
+        b"/(?<!a)b(?=c).*\\h$ a\n^/\\bx\\B$ -d b\n/[]a-]{,3}(a|b|)** c\n"
+        b"/usr/lib /lib\n/\\x61\\x{e9}\xc3\xa9 d\n"
+    )
+
+
 SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "entry": entry_seeds,
     "menu": menu_seeds,
@@ -80,4 +95,5 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "drop_in": drop_in_seeds,
     "os_release": os_release_seeds,
     "cmdline": cmdline_seeds,
+    "file_contexts": file_contexts_seeds,
 }

@@ -11,13 +11,18 @@ import os
 import struct
 from collections.abc import Callable
 
-from hostimaged.boot import bls, grubcfg, kargs, osrelease, pe
+from hostimaged.boot import automaton, bls, grubcfg, kargs, osrelease, patterns, pe, selinux
 from hostimaged.boot.cmdline import Cmdline, validate_arguments
+from hostimaged.boot.expressions import Concat, Literal
 from hostimaged.boot.loader import Bootloader
 from hostimaged.boot.order import boot_counter, choose_names, menu_order, same_for_all
+from hostimaged.composefs.tree import Directory, Inline, Leaf, Stat, Symlink, walk
 from hostimaged.errors import BootLoaderError, HostimageError, InvalidArgs, UnsupportedImage
 from hostimaged.ids import DeploymentId
 
+# What takes its time is refused then, and told from what never ends.
+automaton.MAX_WORK = 2_000_000  # type: ignore[misc]
+automaton.MAX_NODES = 100_000  # type: ignore[misc]
 DEPLOYMENT = DeploymentId("a" * 128)
 
 
@@ -123,6 +128,54 @@ def cmdline(data: bytes) -> None:
     found.composefs()
 
 
+#: Paths that rules may be about; those of the rules themselves come besides.
+PATHS = (
+    b"/",
+    b"/usr/lib/a.so.1",
+    b"/var/run",
+    b"/etc/x-1.conf",
+    b"/a\nb/\xff",
+    b"/dev/[a]",
+    b"/home/a/.ssh/id",
+)
+
+
+def file_contexts(data: bytes) -> None:
+    """Rules of SELinux: all at once decide as each on its own, and a tree gets what its paths get."""
+    aliases = {}
+    with contextlib.suppress(UnsupportedImage):
+        aliases = selinux.parse_substitutions(data, "file_contexts.subs")
+    rules = list(selinux.parse_contexts(data, "file_contexts"))
+    policy = selinux.Policy(rules, {})
+    nodes = [patterns.parse(rule.expression)[0] for rule in rules]
+    alone = automaton.Automaton()
+    for path in (*PATHS, *(rule.expression.replace("\\", "").encode() for rule in rules[:4])):
+        for kind in b"d-":
+            ending = Literal(bytes([kind]))
+            matching = [
+                rule.label
+                for rule, node in zip(rules, nodes, strict=True)
+                if rule.kind in (None, kind) and alone.matches(Concat((node, ending)), path + ending.data)
+            ]
+            assert policy.label(path, kind) == (matching[-1] if matching else None), path
+    _label_tree(rules, aliases)
+
+
+def _label_tree(rules: list[selinux.Rule], aliases: dict[bytes, bytes]) -> None:
+    stat = Stat(0o755, 0, 0, 0, 0, {b"user.a": b"b", selinux.XATTR: b"old"})
+    linked = Leaf(stat, Symlink(b"x"))
+    lib = Directory(stat, {b"a": linked, b"b": Leaf(stat, Inline(b""))})
+    root = Directory(stat, {b"usr": Directory(stat, {b"lib": lib}), b"l": linked})
+    policy = selinux.Policy(rules, aliases)
+    selinux.relabel(root, policy)
+    labels = [node.stat.xattrs.get(selinux.XATTR) for _, node in walk(root)]
+    selinux.relabel(root, policy)
+    assert [node.stat.xattrs.get(selinux.XATTR) for _, node in walk(root)] == labels
+    assert root.stat.xattrs.get(selinux.XATTR) == policy.label(b"/", ord("d"))
+    selinux.relabel(root, None)
+    assert not any(selinux.XATTR in node.stat.xattrs for _, node in walk(root))
+
+
 Function = Callable[[bytes], None]
 #: Functions with the errors that each may raise and the longest input worth trying.
 FUNCTIONS: tuple[tuple[Function, tuple[type[HostimageError], ...], int], ...] = (
@@ -132,4 +185,5 @@ FUNCTIONS: tuple[tuple[Function, tuple[type[HostimageError], ...], int], ...] = 
     (drop_in, (UnsupportedImage,), 4 << 10),
     (os_release, (UnsupportedImage,), 4 << 10),
     (cmdline, (BootLoaderError,), 4 << 10),
+    (file_contexts, (UnsupportedImage,), 1 << 10),
 )

@@ -55,9 +55,17 @@ def facts_seeds() -> Iterator[bytes]:
     yield f'"a b" composefs={A}\0{other}1 2 3:4 / /\\134 rw - x y z\n'.encode()
 
 
+def setup_root_seeds() -> Iterator[bytes]:
+    for mode in ("none", "root", "bind", "overlay", "transient", "volatile"):
+        yield f"# modes\n[etc]\nmount = '{mode}'\ntransient = false\n".encode()
+    yield b'etc = {transient = true}\nvar.mount = "bind"\n[root]\ntransient = true\n'
+    yield b"[[x]]\na = [1, 2.5, 1979-05-27]\n"
+
+
 SEEDS: dict[str, Callable[[], Iterator[bytes]]] = {
     "origin": origin_seeds,
     "marker": marker_seeds,
     "imginfo": imginfo_seeds,
     "facts": facts_seeds,
+    "setup_root": setup_root_seeds,
 }

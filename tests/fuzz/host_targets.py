@@ -1,4 +1,4 @@
-"""What is fuzzed of a host's state: origins, markers, sidecars, and the facts of the running system.
+"""What is fuzzed of a host's state: origins, markers, sidecars, mounts, and facts of the running system.
 
 See ``targets.py``, which registers these functions.
 """
@@ -14,6 +14,7 @@ from hostimaged.host.booted import booted_from
 from hostimaged.host.imginfo import ImgInfo
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.marker import Marker
+from hostimaged.host.setuproot import SetupRoot, SetupRootError
 from hostimaged.host.times import microseconds, utc_text
 from hostimaged.ids import BootDigest, ManifestDigest
 
@@ -57,9 +58,17 @@ def facts(data: bytes) -> None:
     assert found is None or found.soft_rebooted == (found.id != found.cmdline_id)
 
 
+def setup_root(data: bytes) -> None:
+    """The configuration of the initramfs; as nobody else reads it, it is read twice."""
+    found = SetupRoot.parse(data)
+    text = f"etc.mount = '{found.etc}'\nvar.mount = '{found.var}'\nroot.transient = {found.transient_root}"
+    assert SetupRoot.parse(text.lower().encode()) == found
+
+
 FUNCTIONS: list[tuple[Callable[[bytes], None], tuple[type[HostimageError], ...], int]] = [
     (origin, (DamagedState,), 4 << 10),
     (marker, (DamagedState,), 1 << 10),
     (imginfo, (DamagedState,), 8 << 10),
     (facts, (BootLoaderError,), 4 << 10),
+    (setup_root, (SetupRootError,), 4 << 10),
 ]

@@ -276,8 +276,9 @@ class At(Silent):
 INTERRUPTED = (KINDS[0], KINDS[1], KINDS[2])
 
 
-@pytest.mark.parametrize("kind", INTERRUPTED, ids=str)
-@pytest.mark.parametrize("ending", [Stop, Cancelled])
+@pytest.mark.parametrize(
+    ("kind", "ending"), [*((kind, Stop) for kind in INTERRUPTED), (KINDS[2], Cancelled)], ids=str
+)
 def test_a6_interrupted_anywhere_nothing_of_the_host_changes(
     kind: Kind, ending: type[BaseException], tmp_path: Path, cfsctl: str
 ) -> None:

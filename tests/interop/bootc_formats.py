@@ -1,6 +1,6 @@
 """Files as bootc reads and writes them: strict where it is strict, blind where it is blind.
 
-Part of ``bootc_model``: written from the description of bootc 1.16.9's state, and importing nothing of ours.
+Part of ``bootc_model``, which says where its knowledge comes from.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """An independent model of bootc on a composefs host: its view, its changes, its refusals and its assertions.
 
-Written from the description of bootc 1.16.9's state alone and importing nothing of ours, so that it can
-judge what we write (``Bootc.accepts``) and act on a host between our own acts. Files are in
+Written from a description of bootc 1.16.9's state, with its behaviour looked up in bootc's source where that
+leaves a question, and importing nothing of ours: so it can judge what we write (``Bootc.accepts``) and act on
+a host between our own acts. Files are in
 ``bootc_formats``, storage and status in ``bootc_host``, the collector in ``bootc_collect``, the merge in
 ``bootc_etc``. Known mistakes are kept, since a host of ours has to live with them; each is said where it is.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.boot.patterns import (
+from hostimaged.boot.expressions import (
     Alternate,
     Concat,
     Literal,
@@ -25,7 +25,7 @@ from hostimaged.errors import UnsupportedImage
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hostimaged.boot.patterns import Node
+    from hostimaged.boot.expressions import Node
 
 #: States of the non-deterministic automaton, up to 300 bytes each. The policy of Fedora makes about 100,000.
 MAX_NODES: Final = 500_000
@@ -79,8 +79,8 @@ class Automaton:
     def add(self, rule: int, node: Node) -> bool:
         """Add the expression of ``rule``, and say whether it is regular.
 
-        If not, the rule is also found where only its conditions fail: ask ``matches`` then. Raises ``UnsupportedImage`` when
-        all expressions together are too large.
+        If not, the rule is also found where only its conditions fail: ask ``matches`` then. Raises
+        ``UnsupportedImage`` when all expressions together are too large.
         """
         end = self._new(None, 0)
         self._ends[end] = rule

@@ -40,8 +40,8 @@ class ImageFiles(Protocol):
     def read(self, path: str, limit: int, *, follow: bool = True) -> bytes | None:
         """Content of the regular file at ``path``, None if there is nothing.
 
-        Raises for more than ``limit`` bytes and for anything but a regular file. Without ``follow`` a
-        symbolic link counts as something else than a file, also on the way.
+        Raises for more than ``limit`` bytes and for anything but a regular file. Without ``follow`` also for
+        a symbolic link or a file on the way.
         """
 
     def names(self, path: str) -> list[bytes]:
@@ -102,6 +102,8 @@ class TreeFiles:
             if name in (b"", b"."):
                 continue
             if not isinstance(node, Directory):
+                if not follow:
+                    _refuse(path, "a file in place of a directory")
                 return None
             if name == b"..":
                 node = above.pop() if above else self._root

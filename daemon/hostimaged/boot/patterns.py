@@ -12,11 +12,14 @@ raises ``UnsupportedImage``: no policy is known to use it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Final, NoReturn
 
+from hostimaged.boot.expressions import ANY, Alternate, Concat, Literal, Look, Place, Repeat, Set, bits_of
 from hostimaged.errors import UnsupportedImage, printable
+
+if TYPE_CHECKING:
+    from hostimaged.boot.expressions import Node
 
 #: Depth of groups, classes and repetitions inside each other. Real rules have about four; each level costs
 #: stack in every function that walks a pattern.
@@ -36,77 +39,6 @@ class Dialect(Enum):
 
 class NotInDialect(Exception):
     """The Rust syntax refuses the expression: PCRE2 has to read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """These bytes, at least one."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Set:
-    """One byte of a set, given as 256 bits."""
-
-    bits: int
-
-
-@dataclass(frozen=True, slots=True)
-class Concat:
-    """Its items one after the other."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Alternate:
-    """Any one of its items."""
-
-    items: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    """``node`` at least ``low`` and at most ``high`` times (None: any number)."""
-
-    node: Node
-    low: int
-    high: int | None
-
-
-class Place(Enum):
-    """A condition on a position, which takes no bytes."""
-
-    START = auto()
-    END = auto()
-    WORD_EDGE = auto()
-    NO_WORD_EDGE = auto()
-    WORD_START = auto()
-    WORD_END = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What follows (``ahead``) or precedes matches ``node``, or does not (``negative``)."""
-
-    node: Node
-    ahead: bool
-    negative: bool
-
-
-Node: TypeAlias = Literal | Set | Concat | Alternate | Repeat | Place | Look
-
-EMPTY: Final = Concat(())
-ANY: Final = (1 << 256) - 1
-
-
-def bits_of(members: bytes) -> int:
-    """The set of these bytes."""
-    bits = 0
-    for byte in members:
-        bits |= 1 << byte
-    return bits
 
 
 def _span(low: int, high: int) -> int:
@@ -336,20 +268,22 @@ class _Parser:
         return self.text[brace] == "{"
 
     def quantified(self, node: Node) -> Node:
+        count = 0
         while self.quantifier_ahead():
+            count += 1
+            if count > 1:
+                self.check_chain()
             low, high = self.count()
             if self.looking_at("?"):
                 self.at += 1
-            self.check_possessive()
-            if isinstance(node, Repeat):
-                self.chained += 1
-                if self.chained > MAX_NESTING:
-                    self.unsupported("nested too deeply")
             node = Repeat(node, low, high)
         return node
 
-    def check_possessive(self) -> None:
-        """In Rust a second ``+`` repeats once more."""
+    def check_chain(self) -> None:
+        """For a quantifier after another: in Rust it repeats the repetition."""
+        self.chained += 1
+        if self.chained > MAX_NESTING:
+            self.unsupported("nested too deeply")
 
     def count(self) -> tuple[int, int | None]:
         sign = self.peek()
@@ -507,15 +441,8 @@ class _PcreParser(_Parser):
             return 0, self.number(found[1])
         return super().count()
 
-    def check_possessive(self) -> None:
-        if self.looking_at("+"):
-            self.unsupported("a possessive repetition")
-
-    def quantified(self, node: Node) -> Node:
-        node = super().quantified(node)
-        if isinstance(node, Repeat) and isinstance(node.node, Repeat):
-            self.unsupported("a repetition of a repetition")
-        return node
+    def check_chain(self) -> None:
+        self.unsupported("a quantifier after another")
 
     def escape(self) -> Node | None:
         following = self.peek()

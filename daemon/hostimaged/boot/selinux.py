@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from hostimaged.boot.automaton import Automaton
-from hostimaged.boot.patterns import Concat, Literal, parse
+from hostimaged.boot.expressions import Concat, Literal
+from hostimaged.boot.patterns import parse
 from hostimaged.composefs.bulk import no_gc
 from hostimaged.composefs.tree import (
     BlockDevice,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hostimaged.boot.automaton import State
+    from hostimaged.boot.expressions import Node
     from hostimaged.boot.files import ImageFiles
-    from hostimaged.boot.patterns import Node
     from hostimaged.composefs.tree import Stat
 
 #: Bytes of one file of the policy. Fedora's ``file_contexts`` has half a million.

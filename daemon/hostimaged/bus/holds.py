@@ -1,6 +1,6 @@
-"""Holds: why background jobs do not start. So far one kind, set by hand.
+"""Holds: why background jobs do not start: conditions of the host, and a hold set by hand.
 
-It is kept in a file of the run directory over restarts of the daemon, and gone with the next boot:
+The latter is kept in a file of the run directory over restarts of the daemon, and gone with the next boot:
 
     {"version": 1, "boot_id": …, "until": microseconds since the epoch, "reason": …}
 """
@@ -25,6 +25,12 @@ _MAX_FILE: Final = 64 << 10
 #: The clock may be set and the machine may sleep, so the end is looked for this often, in seconds.
 _CHECK_INTERVAL: Final = 30.0
 
+#: The conditions, in the order in which they are told, and what people are told.
+_REASONS: Final = {
+    "metered": "the network connection is metered",
+    "battery": "the host runs on battery",
+}
+
 _logger = get_logger("hostimaged.bus")
 
 
@@ -38,13 +44,14 @@ class _Hold(BaseModel):
 
 
 class Holds:
-    """The hold on background jobs; ``changed`` is called when it begins or ends."""
+    """The holds on background jobs; ``changed`` is called when one begins or ends."""
 
     def __init__(self, path: Path, boot_id: str) -> None:
         self._path = path
         self._boot_id = boot_id
         self._hold = _Hold()
         self._held = False
+        self._conditions: list[str] = []
         self._timer: asyncio.TimerHandle | None = None
         self._writing = asyncio.Lock()
         self.changed: Callable[[], None] = lambda: None
@@ -66,14 +73,23 @@ class Holds:
     @property
     def reasons(self) -> list[str]:
         """Kinds of the holds that are in force."""
-        return ["manual"] if self._held else []
+        return [*self._conditions, *(["manual"] if self._held else [])]
 
     @property
     def documents(self) -> list[dict[str, Any]]:
         """The holds for the status document."""
-        if not self._held:
-            return []
-        return [{"kind": "manual", "until": self._hold.until, "reason": self._hold.reason}]
+        documents: list[dict[str, Any]] = [
+            {"kind": kind, "until": 0, "reason": _REASONS[kind]} for kind in self._conditions
+        ]
+        if self._held:
+            documents.append({"kind": "manual", "until": self._hold.until, "reason": self._hold.reason})
+        return documents
+
+    def set_condition(self, kind: str, holds: bool) -> None:
+        """A condition of the host begins or ends: "metered" or "battery"."""
+        kept = {*self._conditions, kind} if holds else {*self._conditions} - {kind}
+        self._conditions = [known for known in _REASONS if known in kept]
+        self.changed()
 
     def start(self) -> None:
         """Let a hold that was loaded end in time."""

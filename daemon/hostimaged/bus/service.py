@@ -22,6 +22,7 @@ from hostimaged.bus.model import Model
 from hostimaged.bus.polkit import Authority
 from hostimaged.bus.status import StatusCache
 from hostimaged.errors import HostimageError
+from hostimaged.jobs.conditions import CONDITIONS, Watch
 from hostimaged.jobs.history import JobRecord
 from hostimaged.jobs.inhibitors import Inhibitors
 from hostimaged.jobs.job import Initiator
@@ -74,6 +75,7 @@ class Service:
         notifier: Notifier,
         linger: float = LINGER,
     ) -> None:
+        self._connection = connection
         self._tasks = tasks
         self._notifier = notifier
         self._workers = workers
@@ -125,6 +127,10 @@ class Service:
             self._manager.job_removed(record, job_path(record.id))
         self._queue.hold(self._holds.reasons)
         self._holds.start()
+        self._watches = [
+            self._tasks.create_task(Watch(self._connection, condition, self._holds.set_condition).run())
+            for condition in CONDITIONS
+        ]
         self._tasks.create_task(self._queue.save())
         self._lanes = self._tasks.create_task(self._queue.run())
         self._scan = self._tasks.create_task(self._status.refresh())
@@ -139,8 +145,8 @@ class Service:
 
     async def stop(self) -> None:
         """Cancel all jobs, and wait until their ends are announced."""
-        self._scan.cancel()
-        self._recovery.cancel()
+        for task in (self._scan, self._recovery, *self._watches):
+            task.cancel()
         self._holds.close()
         await self._queue.stop()
         await self._lanes

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -29,19 +30,18 @@ if TYPE_CHECKING:
 KERNEL: Final = "vmlinuz"
 INITRD: Final = "initrd"
 _PIECE: Final = 1 << 20
+_ID: Final = re.compile(r"[0-9a-f]{128}\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """What is on the boot file system for one deployment: ``name`` is without prefix and suffix.
 
-    ``prefixed`` is False for artifacts of bootc before March 2026. ``complete`` is False for a type 1
-    directory without kernel or initrd.
+    ``complete`` is False for a type 1 directory without kernel or initrd.
     """
 
     name: str
     path: Path
-    prefixed: bool = True
     complete: bool = True
 
 
@@ -62,6 +62,15 @@ class KernelFiles:
             for name in _stripped(self.directory, "")
             if self.path(name).is_dir()
         ]
+
+    def unprefixed(self) -> list[str]:
+        """Names of artifacts of bootc before March 2026, which had no prefix."""
+        return [name for name in _names(self.directory) if _ID.match(name)]
+
+    def remove_unprefixed(self, name: str) -> None:
+        """Remove one of those, durably."""
+        with told(f"cannot remove {self.directory / name}"):
+            bootfs.remove_name(self.directory, name)
 
     @staticmethod
     def _complete(path: Path) -> bool:
@@ -118,6 +127,16 @@ class UkiFiles:
             if self.path(name).is_file()
         ]
 
+    def unprefixed(self) -> list[str]:
+        """Names, without suffix, of UKIs of bootc before March 2026, which had no prefix."""
+        stems = [name.removesuffix(bls.EFI_SUFFIX) for name in _names(self.directory)]
+        return [stem for stem in stems if _ID.match(stem)]
+
+    def remove_unprefixed(self, name: str) -> None:
+        """Remove one of those, durably."""
+        with told(f"cannot remove {self.directory / name}"):
+            bootfs.remove_name(self.directory, f"{name}{bls.EFI_SUFFIX}")
+
     def write(
         self, id_: DeploymentId, content: Iterable[bytes], addons: Iterable[tuple[str, Iterable[bytes]]] = ()
     ) -> None:
@@ -159,6 +178,11 @@ def boot_digest(pieces: Iterable[bytes], more: Iterable[bytes]) -> BootDigest:
     return BootDigest(total.hexdigest())
 
 
+def read_file(path: Path) -> Iterator[bytes]:
+    """The content of the file ``path``, in pieces. Raises ``OSError``."""
+    return read_pieces(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
 def read_pieces(open_file: Callable[[], int]) -> Iterator[bytes]:
     """The content of what ``open_file`` opens, in pieces; the descriptor is closed at the end."""
     with os.fdopen(open_file(), "rb", buffering=0) as file:
@@ -168,17 +192,20 @@ def read_pieces(open_file: Callable[[], int]) -> Iterator[bytes]:
 
 def _stripped(directory: Path, suffix: str) -> list[str]:
     """The names in ``directory`` that have the prefix and ``suffix``, without both."""
+    return [
+        name[len(bls.ARTIFACT_PREFIX) : len(name) - len(suffix)]
+        for name in _names(directory)
+        if name.startswith(bls.ARTIFACT_PREFIX) and name.endswith(suffix)
+    ]
+
+
+def _names(directory: Path) -> list[str]:
     try:
-        names = os.listdir(directory)
+        return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise from_os_error(error, f"cannot read {directory}") from error
-    return sorted(
-        name[len(bls.ARTIFACT_PREFIX) : len(name) - len(suffix)]
-        for name in names
-        if name.startswith(bls.ARTIFACT_PREFIX) and name.endswith(suffix)
-    )
 
 
 @contextlib.contextmanager

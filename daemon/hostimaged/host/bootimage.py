@@ -22,7 +22,7 @@ from hostimaged.composefs.erofs.format import Format
 from hostimaged.errors import CorruptRepository, ImageNotFound, UnsupportedImage, VerityMismatch
 from hostimaged.ids import DeploymentId
 from hostimaged.oci import images
-from hostimaged.oci.boot_refs import boot_ref, boot_refs, set_boot_refs
+from hostimaged.oci.boot_refs import boot_ref, boot_refs, set_boot_refs, settle
 from hostimaged.oci.filesystem import XattrMode, build_tree
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class _Making:
         self._repository = repository
         self._digest = digest
         self._reporter = reporter
+        settle(repository, digest, reporter)
         self._image = images.open_image(repository, digest)
         self._layers = _layers(self._image)
         self._boot_refs = boot_refs(self._image.config_refs)

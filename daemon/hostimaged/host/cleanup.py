@@ -12,6 +12,7 @@ from hostimaged.host import statedirs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hostimaged.host.artifacts import KernelFiles, UkiFiles
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.ids import DeploymentId
@@ -59,16 +60,18 @@ def sweep_artifacts(session: Session, state: HostState) -> None:
         if not any(entry.id == state.booted.id for entry in state.sets.entries):
             return
         used |= {str(state.booted.id), str(state.booted.cmdline_id)}
-    kernels = session.kernels(state)
-    for found in kernels.found():
-        if found.name not in used:
-            kernels.remove(found.name)
-            session.reporter.at("discard.artifact")
+    without_prefix = {entry.artifact for entry in state.sets.entries if not entry.entry.has_prefix}
+    places: list[KernelFiles | UkiFiles] = [session.kernels(state)]
     if state.dirs.ukis is not None:
-        ukis = session.ukis(state)
-        for found in ukis.found():
+        places.append(session.ukis(state))
+    for place in places:
+        for found in place.found():
             if found.name not in used:
-                ukis.remove(found.name)
+                place.remove(found.name)
+                session.reporter.at("discard.artifact")
+        for name in place.unprefixed():
+            if name not in without_prefix:
+                place.remove_unprefixed(name)
                 session.reporter.at("discard.artifact")
 
 

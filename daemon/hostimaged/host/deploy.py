@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot import grubcfg, kargs
 from hostimaged.boot.cmdline import Cmdline, Parameter, validate_arguments
+from hostimaged.boot.loader import Bootloader
 from hostimaged.boot.resources import Kernel
 from hostimaged.boot.selinux import Policy
 from hostimaged.errors import HostimageError, InvalidArgs, PreconditionFailed
@@ -78,7 +79,8 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
 
     Raises ``PreconditionFailed`` if there is one already, and what staging raises.
     """
-    arguments = validate_arguments(request.arguments)
+    grub = session.bootloader in (Bootloader.GRUB, Bootloader.GRUB_CC)
+    arguments = validate_arguments(request.arguments, grub=grub)
     session.reporter.phase(Phase.STAGING)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     _check_request(boot, request, arguments)

@@ -15,11 +15,12 @@ from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.host import etcmerge, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
-from hostimaged.host.etctree import read_image, subdirectory
+from hostimaged.host.etctree import subdirectory
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
 from hostimaged.host.recover import recover
 from hostimaged.host.setuproot import SetupRoot
+from hostimaged.host.softcheck import open_image_tree
 from hostimaged.progress import Phase
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def _merge(session: Session, state: HostState, row: Deployment) -> MergePlan | N
     if state.booted is None:
         return None
     repository = session.repository
-    pristine, new = read_image(repository, state.booted.id), read_image(repository, row.id)
+    # Looked up as needed: to read two whole trees takes seconds that a shutdown has better use for.
+    pristine, new = open_image_tree(repository, state.booted.id), open_image_tree(repository, row.id)
     state_directory = statedirs.state_directory(session.paths, row.id)
     with (
         told("cannot merge /etc"),
@@ -125,5 +127,4 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.reporter.at("finalize.marker")
     store.remove_staged()
     session.reporter.at("finalize.entries")
-    with told("cannot clean up /etc"), directory(statedirs.state_directory(session.paths, row.id)) as target:
-        etcmerge.discard(target)
+    # What the merge of /etc left is removed after the next boot (recover): a shutdown has no time for it.

@@ -17,6 +17,7 @@ from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation
 from hostimaged.host.marker import Marker
+from hostimaged.host.model import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,9 @@ def settle(session: Session) -> HostState:
     state = session.exclusive()
     recover(session, state)
     state = session.state()
-    if any(done.tagged or done.named for done in adopt(session.paths, session.repository, state)):
+    if any(
+        done.tagged or done.named or done.digested for done in adopt(session.paths, session.repository, state)
+    ):
         state = session.state()
     return state
 
@@ -64,6 +67,9 @@ def recover(session: Session, state: HostState) -> list[DeploymentId]:
     if state.marker is None and state.sets.staged is not None:
         removed += cleanup.unstage(session, state)
         state = session.state()
+    for row in state.deployments:
+        if row.live is not None and row.role is not Role.STAGED:
+            _clean_etc(session, row.id, etcmerge.discard)
     cleanup.sweep_artifacts(session, state)
     session.reporter.at("recover.done")
     return removed
@@ -105,7 +111,6 @@ def _finish_finalize(
         session.reporter.at("recover.marker")
         if staged and staged == transaction.before:
             session.store(state).remove_staged()
-        _clean_etc(session, transaction.target, etcmerge.discard)
     elif live == transaction.before:
         if ours and transaction.target is not None:
             # The marker was locked for the exchange, which did not come.

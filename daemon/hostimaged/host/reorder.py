@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.cmdline import Cmdline, Parameter, validate_arguments
+from hostimaged.boot.loader import Bootloader
 from hostimaged.errors import AlreadyBooted, BootLoaderError, NoRollback, PreconditionFailed
 from hostimaged.host import cleanup, journal
 from hostimaged.host.bootsets import digest
@@ -121,8 +122,11 @@ def set_kernel_arguments(session: Session, add: Iterable[str], remove: Iterable[
     That is the staged one, locked or not, else the default. The others keep theirs. Raises ``InvalidArgs``,
     ``PreconditionFailed`` for an argument to remove that is not there, ``BootLoaderError`` for a UKI.
     """
-    adding, removing = validate_arguments(add), validate_arguments(remove)
+    added, removing = tuple(add), validate_arguments(remove)
+    validate_arguments(added)
     state = begin(session)
+    # What GRUB would expand or split is not added; what is there already can be taken away.
+    adding = validate_arguments(added, grub=state.dirs.loader is not Bootloader.SYSTEMD)
     staged = state.staged_deployment
     row = staged or state.default_deployment
     if row is None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 #: From the root of the image.
 PATH: Final = "usr/lib/composefs/setup-root-conf.toml"
-#: It has five keys. The parser's time and depth are bounded by the size.
-MAX_SIZE: Final = 64 << 10
+#: It has five keys. The parser's depth is bounded by the size, and its time, by the square of it.
+MAX_SIZE: Final = 16 << 10
 
 
 class MountMode(StrEnum):

@@ -26,6 +26,7 @@ from hostimaged.host.menu import Menu, live_menu
 from hostimaged.host.model import BootType, Role
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin
+from hostimaged.host.prefix import migrate
 from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.host.tags import bootc_tag
@@ -160,6 +161,8 @@ class _Stage:
         known = self._known()
         if known is not None:
             return known
+        if migrate(self._session, self._state):
+            self._state = self._session.state()
         base = self._base()
         self._check_boot_type(base)
         self._check_downgrade(base)

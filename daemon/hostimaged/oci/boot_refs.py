@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hostimaged.composefs.repository import Repository
-    from hostimaged.ids import ManifestDigest, ObjectId
+    from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
     from hostimaged.progress import Reporter
 
 _FORMATS: Final = {Format.V2: BOOT_REF, Format.V1: f"{BOOT_REF}.v1"}
@@ -47,6 +47,18 @@ def set_boot_refs(
     return _Rewrite(repository, digest, reporter).run_with(refs)
 
 
+def settle(repository: Repository, digest: ManifestDigest, reporter: Reporter) -> None:
+    """Finish what an interrupted ``set_boot_refs`` left of this image, whose references stay as they are."""
+    image = images.open_image(repository, digest)
+    if _kept(image.config_digest) in repository.stream_refs():
+        set_boot_refs(repository, digest, boot_refs(image.config_refs), reporter)
+
+
+def _kept(digest: ConfigDigest) -> str:
+    """Reference to a configuration that is being written anew."""
+    return f"hostimaged/{digest}"
+
+
 class _Rewrite(Commit):
     """Writes config and manifest stream anew, as a pull does, with other references to boot images."""
 
@@ -67,6 +79,24 @@ class _Rewrite(Commit):
         super().__init__(repository, contents, reporter)
 
     def run_with(self, boot: Mapping[str, ObjectId]) -> bool:
+        """All steps; says whether anything had to be written.
+
+        Between config stream and manifest stream the image is whole for readers, but not for a collector:
+        that would not find the configuration to which the manifest still refers among the streams, and drop
+        its content. So there is a reference to the new one meanwhile; see ``settle``.
+        """
+        name = images.config_stream(self._contents.config_digest)
+        kept = _kept(self._contents.config_digest)
+        if kept not in self._repository.stream_refs() and self._repository.has_stream(name) is not None:
+            self._repository.name_stream(name, kept)
+        self._write_both(name, boot)
+        self._mend_shared()
+        if self.changed:
+            self._repository.sync()
+        self._repository.remove_stream_ref(kept)
+        return self.changed
+
+    def _write_both(self, name: str, boot: Mapping[str, ObjectId]) -> None:
         kept = {name: id_ for name, id_ in self._config.refs.items() if not name.startswith(BOOT_REF)}
         # In the order in which composefs-rs adds them.
         first = [*(name for name, _ in self._contents.layers), *IMAGE_REFS.values()]
@@ -74,12 +104,7 @@ class _Rewrite(Commit):
         refs |= dict(sorted(boot.items()))
         config_id = self._config.stream_id
         if refs != self._config.refs:
-            name = images.config_stream(self._contents.config_digest)
             config_id = self._write(name, ContentType.CONFIG, self._config.raw, refs)
             self._reporter.at("config.stored")
         self._write_manifest(config_id)
         self._reporter.at("manifest.stored")
-        self._mend_shared()
-        if self.changed:
-            self._repository.sync()
-        return self.changed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from hostimaged.composefs.tree import (
     BlockDevice,
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from hostimaged.composefs.fsverity import Buffer
+
+_NO_XATTRS: Final[dict[bytes, bytes]] = {}
+#: Entries of layers just imported that are kept: each takes about 500 bytes of memory.
+MAX_KEPT: Final = 100_000
 
 
 class HardLink(NamedTuple):
@@ -98,10 +103,10 @@ class LayerEntries:
 class KeptEntries:
     """The entries of layers by stream id, for who needs them soon: see ``LayerEntries``.
 
-    ``limit`` bounds their number, and so memory: an entry takes about 500 bytes. Thread-safe.
+    ``limit`` bounds their number. Thread-safe.
     """
 
-    def __init__(self, limit: int = 100_000) -> None:
+    def __init__(self, limit: int = MAX_KEPT) -> None:
         self._lock = threading.Lock()
         self._left = limit
         self._layers: dict[ObjectId, list[Entry]] = {}
@@ -131,10 +136,17 @@ def _consumed(entries: list[Entry]) -> Iterator[Entry]:
         yield entries.pop()
 
 
+@lru_cache(maxsize=1024)
+def _plain_stat(mode: int, uid: int, gid: int, mtime: int, nsec: int) -> Stat:
+    """One for all that are alike: the files of a package often are, and there are very many."""
+    return Stat(mode, uid, gid, mtime, nsec, _NO_XATTRS)
+
+
 def _entry(header: tar.TarHeader, content: Content) -> Entry:
     """The entry; ``content`` counts for files only."""
     item = _item(header, content)
-    stat = Stat(header.mode, header.uid, header.gid, header.mtime, header.nsec, header.xattrs)
+    plain = header.mode, header.uid, header.gid, header.mtime, header.nsec
+    stat = Stat(*plain, header.xattrs) if header.xattrs else _plain_stat(*plain)
     return Entry(tuple(split_path(header.path)), stat, item)
 
 

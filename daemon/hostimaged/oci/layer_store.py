@@ -81,6 +81,8 @@ class LayerStore:
             self._wait_with((slot, slot.append(buffer), size))
             return
         self._reporter.at("layer.store")
+        if self._pool is not None:
+            self._pool.spend(size)
         with self._storing:
             stored = self._repository.store_object(buffer)
         self._stored(stored, size)
@@ -94,7 +96,12 @@ class LayerStore:
             large = self._pool.writer() if self._pool is not None else None
             large = self._large = large or self._repository.object_writer()
             self._large_size = 0
-        with self._storing if isinstance(large, ObjectWriter) else nullcontext():
+        if isinstance(large, ObjectWriter):
+            if self._pool is not None:
+                self._pool.spend(len(buffer))
+            with self._storing:
+                large.write(buffer)
+        else:
             large.write(buffer)
         self._large_size += len(buffer)
         if last:

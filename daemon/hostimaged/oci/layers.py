@@ -12,6 +12,7 @@ from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, Ve
 from hostimaged.ids import DiffId
 from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
 from hostimaged.oci.images import layer_stream
+from hostimaged.system.syscalls import keep_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = ("layer.verified", "layer.stored")
 
 
-#: Bytes to fetch, compressed, from which on helpers save more time than they take to start.
+#: Bytes to fetch, compressed, from which on helpers save more time than they take to start; otherwise that
+#: shows while they are stored.
 _WORTH_HELPERS: Final = 8 << 20
 #: Processors that are used at most: storage feeds no more, and each takes a helper and a layer of some 30 MB.
 _MAX_PROCESSORS: Final = 8
+#: Bytes of the largest buffers that come and go, generously, and what may lie idle between two of them.
+_BUFFER: Final = 4 << 20
+_KEPT: Final = 16 << 20
 #: Type of a layer that is a bare tar.
 UNCOMPRESSED: Final = "application/vnd.oci.image.layer.v1.tar"
 
@@ -133,16 +138,17 @@ def fetch_layers(
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     from hostimaged.composefs.repository import StorePool
+    from hostimaged.composefs.repository.store_pool import WORTH
 
+    # Thousands of buffers of up to a MiB each: a tenth of the time would go into new pages for them.
+    keep_freed_memory(_BUFFER, _KEPT)
     ordered = sorted(plans, key=lambda plan: plan.descriptor.size, reverse=True)
     processors = min(len(os.sched_getaffinity(0)), _MAX_PROCESSORS)
-    helpers = processors - 1
-    if sum(plan.descriptor.size for plan in plans) < _WORTH_HELPERS:
-        helpers = 0
+    large = sum(plan.descriptor.size for plan in plans) >= _WORTH_HELPERS
     workers = min(processors, len(ordered))
     found: dict[DiffId, ObjectId] = {}
     with (
-        StorePool(repository, helpers) as store,
+        StorePool(repository, processors - 1, worth=0 if large else WORTH) as store,
         ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool,
     ):
         futures = {

@@ -20,6 +20,7 @@ from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROO
 from hostimage_dbus.transport import BusError, Connection, Variant
 from hostimage_testing.logind_double import POLICY as LOGIND
 from hostimage_testing.polkit_double import POLICY as POLKIT
+from hostimage_testing.property_double import POLICY as CONDITIONS
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
 HERE = Path(__file__).parent
@@ -88,7 +89,7 @@ def running_bus(directory: Path) -> Iterator[Bus]:
             abstract=abstract,
             policy=POLICY,
             uid=uid,
-            doubles=POLKIT + LOGIND,
+            doubles=POLKIT + LOGIND + CONDITIONS,
             own_user=_OWN_USER.format(uid=uid) if uid else "",
         )
     )

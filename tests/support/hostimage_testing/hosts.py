@@ -1,4 +1,4 @@
-"""Hosts as bootc leaves them, in a scratch root, written from the description of its state and nothing else.
+"""Hosts as bootc leaves them, in a scratch root: from a description of its state, and from its source.
 
 ``RecordedHost`` writes each fact by itself, so that any of them can be left out or be wrong; ``lives.py``
 puts them together. Nothing of hostimaged writes here.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Sequence
@@ -380,34 +381,45 @@ class RecordedHost:
 
         ``/run`` is empty afterwards. Raises ``BootFailed`` where the loader or the initramfs would stop.
         """
+        line = self.menu()[0]
+        image = self.startable(line)
         shutil.rmtree(self.root / "run", ignore_errors=True)
         (self.root / "run").mkdir()
-        line = self.menu()[0]
-        image = next((image for identifier, image in self.images.items() if identifier in line.text), None)
-        if image is None:
-            raise BootFailed(f"no known image in entry {line.name}: {line.text}")
         options = tuple((line.get("options") or "").split())
-        self._check_kernel(line)
-        for needed in (self.repository / "images" / image.id, self.state(image.id) / "etc"):
-            if not needed.exists():
-                raise BootFailed(f"the initramfs does not find {needed}")
         self.booted(Deployment(image, image.id, PREFIX, options))
         return image.id
 
-    def menu(self) -> list[firmware.MenuLine]:
-        """The loader's menu."""
-        if self._user_cfg:
-            return firmware.grub_menu(self.entries)
-        return firmware.bls_menu(self.entries, grub=self.kind.loader is not Loader.SYSTEMD)
+    def startable(self, line: firmware.MenuLine) -> OsImage:
+        """The image that a line of the menu starts; raises ``BootFailed`` where it would not."""
+        # Of a shared kernel the path has the id of another deployment.
+        named = re.search(r"composefs=\??([0-9a-f]{128})", line.get("options") or "")
+        wanted = named.group(1) if named else line.text
+        image = next((image for identifier, image in self.images.items() if identifier in wanted), None)
+        if image is None:
+            raise BootFailed(f"no known image in entry {line.name}: {line.text}")
+        self._check_kernel(line, image)
+        for needed in (self.repository / "images" / image.id, self.state(image.id) / "etc"):
+            if not needed.exists():
+                raise BootFailed(f"the initramfs does not find {needed}")
+        return image
 
-    def _check_kernel(self, line: firmware.MenuLine) -> None:
+    def menu(self, *, staged: bool = False) -> list[firmware.MenuLine]:
+        """The loader's menu, or what it would be if the staged set were live."""
+        place = self.entries_staged if staged else self.entries
+        if self._user_cfg:
+            return firmware.grub_menu(place)
+        return firmware.bls_menu(place, grub=self.kind.loader is not Loader.SYSTEMD)
+
+    def _check_kernel(self, line: firmware.MenuLine, image: OsImage) -> None:
         partition = self.root / "efi"
         if self.kind.classic and not self.kind.uki:
             partition = self.root if not self.separate_boot else self.root / "boot"
-        keys = ("linux", "initrd", "efi", "uki", "chainloader")
-        for path in (value for key, value in line.fields if key in keys):
-            if not (partition / path.lstrip("/")).is_file():
-                raise BootFailed(f"entry {line.name} names {path}, which is not there")
+        content = {"linux": image.recipe.linux, "initrd": image.recipe.initramfs}
+        content |= dict.fromkeys(("efi", "uki", "chainloader"), image.uki or b"")
+        for key, path in line.fields:
+            file = partition / path.lstrip("/")
+            if key in content and (not file.is_file() or file.read_bytes() != content[key]):
+                raise BootFailed(f"entry {line.name} names {path}, which is not there or not whole")
 
     def _link_etc(self, deployment: Deployment) -> None:
         etc = self.root / "etc"

@@ -16,14 +16,14 @@ from typing import Any
 from hostimaged import errors
 from hostimaged.jobs import worker
 from hostimaged.jobs.channel import Channel
-from hostimaged.jobs.operations import Check, Pull, Scan
+from hostimaged.jobs.operations import Check, Operation, Pull, Scan, Switch, Upgrade
 from hostimaged.progress import Phase
 from hostimaged.system.paths import HostPaths
 
 TICK = 0.005
 
 
-def pull(paths: HostPaths, operation: Pull, channel: Channel) -> dict[str, Any]:
+def pull(paths: HostPaths, operation: Pull | Upgrade | Switch, channel: Channel) -> dict[str, Any]:
     """Follow the script, and scan."""
     result = follow(operation.reference, channel)
     scan(paths, Scan(), channel)
@@ -108,5 +108,27 @@ def scan(paths: HostPaths, _operation: Scan, channel: Channel) -> None:
     channel.status(found)
 
 
+def update(paths: HostPaths, operation: Upgrade | Switch, channel: Channel) -> dict[str, Any]:
+    """Follow the script, if there is something to fetch."""
+    if isinstance(operation, Upgrade) and operation.from_downloaded:
+        return nothing(paths, operation, channel)
+    return pull(paths, operation, channel)
+
+
+def nothing(paths: HostPaths, _operation: Operation, channel: Channel) -> dict[str, Any]:
+    """Change nothing, and scan."""
+    scan(paths, Scan(), channel)
+    return {"result": "unchanged"}
+
+
+#: What follows a script; all else does nothing.
+WORK = dict.fromkeys(worker.WORK, "__main__:nothing") | {
+    "check": "__main__:check",
+    "pull": "__main__:pull",
+    "scan": "__main__:scan",
+    "switch": "__main__:update",
+    "upgrade": "__main__:update",
+}
+
 if __name__ == "__main__":
-    sys.exit(worker.main(work={"check": "__main__:check", "pull": "__main__:pull", "scan": "__main__:scan"}))
+    sys.exit(worker.main(work=WORK))

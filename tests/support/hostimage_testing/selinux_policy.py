@@ -59,6 +59,12 @@ def word(rng: random.Random) -> str:
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
 
 
+def vocabulary() -> list[str]:
+    """The names that both rules and paths are made of."""
+    rng = random.Random(0)
+    return [word(rng) for _ in range(1500)]
+
+
 def file_contexts(count: int, seed: int = 1) -> bytes:
     """``count`` rules in the order of a compiled policy: broad ones first."""
     rng = random.Random(seed)
@@ -69,8 +75,9 @@ def file_contexts(count: int, seed: int = 1) -> bytes:
 
 
 def _rules(rng: random.Random) -> Iterator[str]:
+    known = vocabulary()
     while True:
-        name, other = word(rng), word(rng)
+        name, other = rng.choice(known), rng.choice(known)
         place = rng.choice(_USR)
         context = f"system_u:object_r:{name}_t:s0"
         yield from rng.sample(
@@ -97,11 +104,10 @@ def _rules(rng: random.Random) -> Iterator[str]:
         )
 
 
-def paths(count: int, seed: int = 2, policy_seed: int = 1) -> dict[str, str]:
+def paths(count: int, seed: int = 2) -> dict[str, str]:
     """Paths of an image, each with ``d``, ``f`` or ``l``: some that rules are about, many others."""
     rng = random.Random(seed)
-    rules = random.Random(policy_seed)
-    known = [word(rules) for _ in range(3000)]
+    known = vocabulary()
     found = dict.fromkeys(("usr", "etc", "var", "run", "boot", "sysroot", "home"), "d")
     places = (
         "usr/share",
@@ -115,13 +121,14 @@ def paths(count: int, seed: int = 2, policy_seed: int = 1) -> dict[str, str]:
     )
     suffixes = ("", ".so", ".so.1.2", ".py", ".conf", ".sh", ".old", "-1", ".service", "\u00e9")
     while len(found) < count:
-        base = rng.choice(places) if rng.random() < 0.3 else rng.choice(("usr/share", "usr/lib"))
-        parts = [rng.choice(known) if rng.random() < 0.3 else word(rng) for _ in range(rng.randint(0, 4))]
+        base = rng.choice(places) if rng.random() < 0.5 else rng.choice(("usr/share", "usr/lib"))
+        depth = rng.choice((0, 0, 1, 1, 2, 3, 4))
+        parts = [rng.choice(known) if rng.random() < 0.5 else word(rng) for _ in range(depth)]
         directory = "/".join([base, *parts])
         above = ["/".join(directory.split("/")[:end]) for end in range(1, directory.count("/") + 2)]
         if any(found.get(path, "d") != "d" for path in above):
             continue
         found |= dict.fromkeys(above, "d")
         for _ in range(rng.randint(1, 30)):
-            found.setdefault(f"{directory}/{word(rng)}{rng.choice(suffixes)}", rng.choice("ffffl"))
+            found.setdefault(f"{directory}/{rng.choice(known)}{rng.choice(suffixes)}", rng.choice("ffffl"))
     return found

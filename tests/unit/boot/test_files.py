@@ -127,7 +127,10 @@ def test_opening(files: ImageFiles) -> None:
 def test_links_are_told_where_they_matter(root: Directory, repository: Repository, path: str) -> None:
     with pytest.raises(UnsupportedImage, match="a symbolic link"):
         TreeFiles(root, repository).read(path, 5, follow=False)
+    with pytest.raises(UnsupportedImage, match="a file in place of a directory"):
+        TreeFiles(root, repository).read("/usr/lib/small/x", 5, follow=False)
     assert TreeFiles(root, repository).read("/usr/lib/small", 5, follow=False) == b"small"
+    assert TreeFiles(root, repository).read("/usr/nothing/x", 5, follow=False) is None
 
 
 def test_a_missing_object(root: Directory, repository: Repository) -> None:

@@ -69,6 +69,7 @@ def matches(expression: str, text: bytes) -> bool:
         (r"/\h\N", PCRE2, [b"/ a", b"/\xa0a"], [b"/aa", b"/ \n"]),
         ("/a{", PCRE2, [b"/a{"], [b"/a"]),
         ("/a{,2}b", PCRE2, [b"/b", b"/aab"], [b"/aaab"]),
+        ("/(?!x)((a+)*|b){2}", PCRE2, [b"/", b"/aab"], [b"/bbb"]),
         ("/(?!x)[a[]+", PCRE2, [b"/a["], [b"/]"]),
     ],
 )

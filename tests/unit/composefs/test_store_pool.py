@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.processes import Process, descendants
 from hostimaged.composefs.fsverity import Algorithm, digest
 from hostimaged.composefs.repository import Repository, Slot, StorePool, Verity, store_helper, store_pool
 from hostimaged.errors import HostimageError, StorageError
@@ -35,7 +36,7 @@ def free_slot(pool: StorePool) -> Slot:
 
 
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return [process.pid for process in descendants(os.getpid())]
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -47,7 +48,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 def test_contents_are_stored_and_answered_in_order(repository: Repository) -> None:
     contents = [NOISE[n : n * 40] for n in range(1, 200)] + [b""]
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         slot = free_slot(pool)
         assert [slot.append(content) for content in contents] == list(range(200))
         slot.send()
@@ -61,7 +62,7 @@ def test_contents_are_stored_and_answered_in_order(repository: Repository) -> No
 
 def test_what_is_there_is_not_new(repository: Repository) -> None:
     repository.store_object(NOISE[:1000])
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         slot = free_slot(pool)
         slot.append(NOISE[:1000])
         slot.send()
@@ -71,7 +72,7 @@ def test_what_is_there_is_not_new(repository: Repository) -> None:
 @pytest.mark.parametrize("size", [1, store_pool.SLOT, store_pool.SLOT + 1, 4_999_999])
 @pytest.mark.parametrize("step", [100_000, 5_000_000])
 def test_large_contents(repository: Repository, size: int, step: int) -> None:
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         writers = [pool.writer() for _ in range(2)]
         for at in range(0, size, step):
             for writer in writers:
@@ -87,7 +88,7 @@ def test_large_contents(repository: Repository, size: int, step: int) -> None:
 
 
 def test_slots_are_limited(repository: Repository) -> None:
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         slots = []
         while (slot := pool.slot()) is not None:
             slot.append(b"x" * 100)
@@ -104,7 +105,7 @@ def test_slots_are_limited(repository: Repository) -> None:
 
 def test_nothing_is_left_behind(repository: Repository) -> None:
     before = (sorted(os.listdir("/proc/self/fd")), children())
-    with StorePool(repository, 3) as pool:
+    with StorePool(repository, 3, worth=0) as pool:
         assert len(children()) == len(before[1]) + 3
         free_slot(pool).append(b"x")
     assert (sorted(os.listdir("/proc/self/fd")), children()) == before
@@ -118,7 +119,7 @@ def test_helpers_that_cannot_be_started_are_done_without(
 
     before = sorted(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(subprocess, "Popen", fail)
-    with StorePool(repository, 2) as pool:
+    with StorePool(repository, 2, worth=0) as pool:
         assert pool.slot() is None
         assert pool.writer() is None
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -126,7 +127,7 @@ def test_helpers_that_cannot_be_started_are_done_without(
 
 def test_helpers_get_no_other_descriptors(repository: Repository) -> None:
     before = set(children())
-    with StorePool(repository, 2):
+    with StorePool(repository, 2, worth=0):
         for helper in set(children()) - before:
             # Input, output, errors; the repository, the memory, the socket, and at most one each of our own.
             targets = [os.readlink(f"/proc/{helper}/fd/{fd}") for fd in os.listdir(f"/proc/{helper}/fd")]
@@ -136,7 +137,7 @@ def test_helpers_get_no_other_descriptors(repository: Repository) -> None:
 
 def test_a_killed_helper_is_an_error_and_the_rest_works(repository: Repository) -> None:
     before = set(children())
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         (helper,) = set(children()) - before
         slot = free_slot(pool)
         slot.append(b"x" * 100)
@@ -149,7 +150,7 @@ def test_a_killed_helper_is_an_error_and_the_rest_works(repository: Repository) 
         with pytest.raises(StorageError, match="ended unexpectedly"):
             writer.write(NOISE)
         writer.close()
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         slot = free_slot(pool)
         slot.append(b"x" * 100)
         slot.send()
@@ -166,7 +167,7 @@ def test_an_error_of_a_helper_is_ours(repository: Repository, monkeypatch: pytes
         return process
 
     monkeypatch.setattr(subprocess, "Popen", limited)
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         writer = pool.writer()
         assert writer is not None
         with pytest.raises(StorageError, match="cannot write an object of the repository: File too large"):
@@ -187,7 +188,7 @@ def test_helpers_end_with_their_parent(repository: Repository) -> None:
     program = (
         "import sys, time\n"
         "from hostimaged.composefs.repository import *\n"
-        "pool = StorePool(Repository.open(sys.argv[1]), 2)\n"
+        "pool = StorePool(Repository.open(sys.argv[1]), 2, worth=0)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )
@@ -199,14 +200,37 @@ def test_helpers_end_with_their_parent(repository: Repository) -> None:
     ) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
-        helpers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        helpers = descendants(parent.pid)
         assert len(helpers) == 2
         parent.kill()
 
-    def gone(pid: str) -> bool:
+    def gone(process: Process) -> bool:
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            return process.state == "Z"
         except OSError:
             return True
 
     assert eventually(lambda: all(map(gone, helpers)))
+
+
+def test_helpers_are_started_when_they_are_worth_it(repository: Repository) -> None:
+    before = children()
+    with StorePool(repository, 2, worth=1 << 20) as pool:
+        pool.spend(900_000)
+        assert pool.slot() is None
+        assert pool.writer() is None
+        # Files count as well.
+        for _ in range(20):
+            pool.spend(0)
+        assert eventually(lambda: len(children()) == len(before) + 2)
+        assert eventually(lambda: pool.slot() is not None)
+        assert pool.writer() is not None
+    assert children() == before
+
+
+def test_helpers_that_were_not_needed_are_not_started(repository: Repository) -> None:
+    before = children()
+    with StorePool(repository, 2) as pool:
+        pool.spend(100_000)
+    pool.close()
+    assert children() == before

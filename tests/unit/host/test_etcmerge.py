@@ -13,6 +13,8 @@ import pytest
 
 from hostimage_testing import etctrees
 from hostimage_testing.etctrees import ROOT, Items, image, make, opened, snapshot, tree
+from hostimaged.composefs.erofs import Format, Image, build
+from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.tree import Directory, Inline, Leaf, Sparse, Stat
 from hostimaged.errors import HostimageError, LimitsExceeded, StorageError
 from hostimaged.host import etcmerge, etcplan
@@ -77,6 +79,13 @@ def test_a_merge_without_changes_makes_nothing(tmp_path: Path) -> None:
     assert not place.is_merged()
 
 
+def test_removing_what_the_image_removed_makes_nothing(tmp_path: Path) -> None:
+    place = Place(tmp_path, {"x": A, "d/y": A}, {}, {"z": A})
+    before = place.etc.stat().st_ino
+    assert place.merge().removed == [b"d", b"x"]
+    assert place.etc.stat().st_ino == before
+
+
 def test_the_unmerged_tree_stays_until_it_is_discarded(tmp_path: Path) -> None:
     place = Place(tmp_path, {"x": A}, {"x": B}, {"x": A})
     inode = place.etc.stat().st_ino
@@ -87,6 +96,27 @@ def test_the_unmerged_tree_stays_until_it_is_discarded(tmp_path: Path) -> None:
     place.discard()
     assert not place.is_merged()
     assert os.listdir(place.state) == ["etc"]
+
+
+@pytest.mark.parametrize("mode", [BIND, OVERLAY])
+def test_images_of_which_only_what_is_needed_is_read(tmp_path: Path, mode: MountMode) -> None:
+    """At the shutdown of a host with large images."""
+    pristine = {"x": A, "d/y": A, "d/z": etctrees.file("z" * 100), "gone/x": A, ".updated": A}
+    current = {"x": B, "d/y": A, "d/z": etctrees.file("z" * 100), "e/new": A, ".updated": B}
+    new = {"x": A, "d/y": B, "gone/x": A, ".updated": A}
+    whole, lazy = (Place(tmp_path / name, pristine, current, new) for name in ("whole", "lazy"))
+    lazy.pristine, lazy.new = lazily(lazy.pristine), lazily(lazy.new)
+    assert lazy.dry_run(mode, mode) == whole.dry_run(mode, mode)
+    assert lazy.merge(mode, mode) == whole.merge(mode, mode)
+    assert snapshot(lazy.etc) == snapshot(whole.etc)
+
+
+def lazily(etc: Directory) -> Directory:
+    root = Directory(etc.stat, {b"etc": etc})
+    built = build(root, Format.V1, Algorithm.SHA512)
+    found = Image(memoryview(built), Algorithm.SHA512).lazy_tree().entries[b"etc"]
+    assert isinstance(found, Directory)
+    return found
 
 
 def test_conflicts_are_told(tmp_path: Path) -> None:

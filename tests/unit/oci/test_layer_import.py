@@ -80,12 +80,14 @@ def test_the_tar_comes_back_bit_for_bit(repository: Repository, step: int) -> No
     assert layer.inline_bytes == len(data) - sum(large)
 
 
+@pytest.mark.parametrize("worth", [0, 8 << 20])
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("step", [1000, 100_000, 1 << 30])
-def test_helpers_store_the_same(repository: Repository, processes: int, step: int) -> None:
+def test_helpers_store_the_same(repository: Repository, processes: int, step: int, worth: int) -> None:
+    """There from the beginning, or started on the way."""
     small = [tars.file(b"s%d" % n, NOISE[n : n * 7 % 5000 + 70]) for n in range(700)]
     data = b"".join(small[:350]) + archive()[: -len(tars.END) - 13] + b"".join(small[350:]) + tars.END
-    with StorePool(repository, processes) as pool:
+    with StorePool(repository, processes, worth=worth) as pool:
         layer = imported(repository, data, step, pool)
         again = imported(repository, data, step, pool)
     assert cat(repository, layer) == data
@@ -104,7 +106,7 @@ def test_what_waits_for_a_helper_is_bounded(repository: Repository, monkeypatch:
     monkeypatch.setattr(layer_store, "_WAITING", 10_000)
     data = tars.file(b"f", NOISE[:100]) + b"".join(tars.file(b"i%d" % n, b"inline") for n in range(100))
     data += tars.END + bytes(1 << 20)
-    with StorePool(repository, 1) as pool:
+    with StorePool(repository, 1, worth=0) as pool:
         assert cat(repository, imported(repository, data, 5000, pool)) == data
 
 
@@ -247,7 +249,7 @@ def test_cancelling_before_the_name(repository: Repository) -> None:
 @pytest.mark.parametrize("processes", [0, 1, 3])
 def test_several_layers_at_once(repository: Repository, processes: int) -> None:
     tar_files = [tars.file(b"f%d" % n, NOISE[n * 1000 :]) + archive() for n in range(6)]
-    with StorePool(repository, processes) as store, ThreadPoolExecutor(6) as pool:
+    with StorePool(repository, processes, worth=0) as store, ThreadPoolExecutor(6) as pool:
         layers = list(pool.map(lambda data: imported(repository, data, pool=store), tar_files))
     assert [cat(repository, layer) for layer in layers] == tar_files
 

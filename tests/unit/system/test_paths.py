@@ -41,6 +41,16 @@ def test_target_has_no_running_system(tmp_path: Path) -> None:
     assert target.run_dir == tmp_path / "state/hostimaged/run"
 
 
+#: Not places of the host: what images have, and what people are told.
+PATHS_IN_IMAGES = [
+    "bootimage.py: /usr/lib/os-release",
+    "etcplan.py: /etc/",
+    "etcplan.py: /etc/",
+    "kargs.py: /usr/lib/bootc/kargs.d",
+    "selinux.py: /etc/selinux",
+]
+
+
 def test_only_the_paths_module_names_host_paths() -> None:
     """Absolute paths into the host, as string constants that are not docstrings."""
     offending = []
@@ -50,7 +60,7 @@ def test_only_the_paths_module_names_host_paths() -> None:
         tree = ast.parse(source.read_text())
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         offending += [
-            f"{source.name}:{node.lineno}: {node.value}"
+            f"{source.name}: {node.value}"
             for node in ast.walk(tree)
             if isinstance(node, ast.Constant)
             and isinstance(node.value, str)
@@ -58,4 +68,4 @@ def test_only_the_paths_module_names_host_paths() -> None:
             and ":" not in node.value  # a search path for programs
             and node.value.startswith(("/etc/", "/usr/", "/run/", "/sysroot", "/var/", "/boot", "/efi"))
         ]
-    assert not offending
+    assert sorted(offending) == PATHS_IN_IMAGES

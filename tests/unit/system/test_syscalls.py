@@ -203,3 +203,29 @@ def test_drop_capabilities_concerns_every_set() -> None:
 def test_capability_numbers_match_the_kernel() -> None:
     assert max(Capability) <= int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     assert sorted(Capability) == list(range(41))
+
+
+def test_freed_memory_is_kept() -> None:
+    """Large buffers that come and go are new pages each time, or not."""
+    program = (
+        "import resource, sys\n"
+        "from hostimaged.system.syscalls import keep_freed_memory\n"
+        "if sys.argv[1] == 'keep': keep_freed_memory(4 << 20, 32 << 20)\n"
+        "def use():\n"
+        "    for n in range(200): first, second = bytes(3_000_000 + n), bytearray(2_000_000)\n"
+        "use()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "use()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    faults = [
+        int(
+            subprocess.check_output(
+                [sys.executable, "-c", program, how], env=os.environ | {"PYTHONPATH": path}
+            )
+        )
+        for how in ("keep", "default")
+    ]
+    assert faults[0] < 1000
+    assert faults[0] <= faults[1]

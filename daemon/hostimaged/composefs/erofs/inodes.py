@@ -38,7 +38,7 @@ from hostimaged.composefs.tree import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from hostimaged.ids import ObjectId
 
@@ -76,8 +76,8 @@ class Inode:
         self.content = content
         self.object_id: ObjectId | None = None
         #: Directories: names and inodes of all entries, ``.`` and ``..`` included, in the order of names.
-        self.names: list[bytes] = []
-        self.children: list[Inode] = []
+        self.names: Sequence[bytes] = ()
+        self.children: Sequence[Inode] = ()
         self.index = -1
         self.group: xa.Group
         self.variant: xa.Variant
@@ -95,11 +95,10 @@ def collect(root: Directory, image_format: Format, table: xa.XattrTable) -> list
 
     Raises ``UnsupportedTree``.
     """
-    counts = link_counts(root)
-    for leaf, count in counts.items():
-        if count > 1 and isinstance(leaf.content, CharDevice) and not leaf.content.rdev:
-            raise UnsupportedTree("a whiteout has hard links")
-    collector = _Collector(root, image_format, table, counts)
+    links = {leaf: count for leaf, count in link_counts(root).items() if count > 1}
+    if any(isinstance(leaf.content, CharDevice) and not leaf.content.rdev for leaf in links):
+        raise UnsupportedTree("a whiteout has hard links")
+    collector = _Collector(root, image_format, table, links)
     if image_format is Format.V2:
         collector.depth_first()
     else:
@@ -119,14 +118,14 @@ class _Open(NamedTuple):
 
 class _Collector:
     def __init__(
-        self, root: Directory, image_format: Format, table: xa.XattrTable, counts: dict[Leaf, int]
+        self, root: Directory, image_format: Format, table: xa.XattrTable, links: dict[Leaf, int]
     ) -> None:
         self.inodes: list[Inode] = []
         self._root = root
         self._format = image_format
         self._table = table
-        self._counts = counts
-        # Inodes of the leaves with several names.
+        # The leaves with several names, how many those are, and their inodes.
+        self._links = links
         self._linked: dict[Leaf, Inode] = {}
 
     def _directory(self, directory: Directory) -> Inode:
@@ -166,7 +165,7 @@ class _Collector:
                     stack.append(below)
                     _check_depth(len(stack) - 1)
                     break
-                nlink = self._counts[node]
+                nlink = self._links.get(node, 1)
                 at.children.append(
                     self._hard_link(node, nlink, True) if nlink > 1 else self._append(self._new_leaf(node, 1))
                 )
@@ -197,7 +196,7 @@ class _Collector:
                 if isinstance(node, Directory):
                     child = self._directory(node)
                     queue.append((node, child, inode, _sorted_entries(node.entries), depth + 1))
-                elif (nlink := self._counts.get(node, 1)) > 1:
+                elif (nlink := self._links.get(node, 1)) > 1:
                     child = self._hard_link(node, nlink, homes[node] is directory)
                 elif (
                     type(node.content) is CharDevice
@@ -237,7 +236,7 @@ class _Collector:
     def _canonical_directories(self, root_entries: list[tuple[bytes, Node]]) -> dict[Leaf, Directory]:
         """For each leaf with several names the directory of the first, depth first."""
         homes: dict[Leaf, Directory] = {}
-        if all(count == 1 for count in self._counts.values()):
+        if not self._links:
             return homes
         stack = [(self._root, iter(root_entries))]
         while stack:
@@ -246,7 +245,7 @@ class _Collector:
                 if isinstance(node, Directory):
                     stack.append((node, iter(_sorted_entries(node.entries))))
                     break
-                if self._counts.get(node, 1) > 1:
+                if self._links.get(node, 1) > 1:
                     homes.setdefault(node, directory)
             else:
                 stack.pop()

@@ -53,6 +53,8 @@ from hostimaged.composefs.tree import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hostimaged.composefs.fsverity import Algorithm
 
 #: More bytes than this at the end of a file or directory get a block of their own.
@@ -306,7 +308,7 @@ def _measure_directory(inode: Inode) -> None:
     inode.layout = LAYOUT_INLINE if length else LAYOUT_PLAIN
 
 
-def _directory_blocks(names: list[bytes]) -> list[tuple[int, int]]:
+def _directory_blocks(names: Sequence[bytes]) -> list[tuple[int, int]]:
     """Ranges of the entries that fill a block each, the last one perhaps not."""
     groups = []
     first, used = 0, 0
@@ -323,7 +325,7 @@ def _directory_blocks(names: list[bytes]) -> list[tuple[int, int]]:
 def _write_directory(image: bytearray, inode: Inode, tail_at: int, data_at: int) -> None:
     names, children = inode.names, inode.children
     # Not needed any more, and without these cycles the inodes are freed with the writer.
-    inode.children = []
+    inode.children = ()
     groups = _directory_blocks(names) if inode.blocks else [(0, len(names))]
     pack_into = DIRENT.pack_into
     for number, (first, last) in enumerate(groups):

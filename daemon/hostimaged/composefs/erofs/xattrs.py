@@ -197,8 +197,9 @@ class XattrTable:
         self._id_sizes = {_Slot.METACOPY: len(metacopy), _Slot.REDIRECT: len(redirect)}
         self._groups: dict[tuple[Pairs, Overlay], Group] = {}
         self._by_identity: dict[tuple[int, Overlay], Group] = {}
-        self._verity_ids: dict[ObjectId, int] = {}
-        self._redirect_ids: dict[ObjectId, int] = {}
+        # How often each object is named, and how often of that without its digest, which is rare.
+        self._ids: dict[ObjectId, int] = {}
+        self._bare_ids: dict[ObjectId, int] = {}
         self._shared: set[Attribute] = set()
         self._order: list[Attribute] = []
         #: Reference value of each shared attribute, packed.
@@ -215,9 +216,9 @@ class XattrTable:
         """
         if overlay is Overlay.VERITY or overlay is Overlay.NO_VERITY:
             assert object_id is not None
-            self._redirect_ids[object_id] = self._redirect_ids.get(object_id, 0) + 1
-            if overlay is Overlay.VERITY:
-                self._verity_ids[object_id] = self._verity_ids.get(object_id, 0) + 1
+            self._ids[object_id] = self._ids.get(object_id, 0) + 1
+            if overlay is Overlay.NO_VERITY:
+                self._bare_ids[object_id] = self._bare_ids.get(object_id, 0) + 1
         if not appended:
             # Trees share dictionaries, and this is much cheaper than comparing them.
             group = self._by_identity.get((id(xattrs), overlay))
@@ -271,19 +272,26 @@ class XattrTable:
                 if isinstance(item, Attribute):
                     counts[item] = counts.get(item, 0) + group.count
         self._shared = {attribute for attribute, count in counts.items() if count > 1}
-        for slot, ids in ((_Slot.METACOPY, self._verity_ids), (_Slot.REDIRECT, self._redirect_ids)):
-            self._shared.update(self.of_object(slot, i) for i, count in ids.items() if count > 1)
+        for id_, count in self._ids.items():
+            if count > 1:
+                self._shared.add(self.of_object(_Slot.REDIRECT, id_))
+                if self._has_shared_metacopy(id_):
+                    self._shared.add(self.of_object(_Slot.METACOPY, id_))
         if self._epoch1:
             self._order = sorted(self._shared, key=Attribute.by_name, reverse=True)
         else:
             self._order = sorted(self._shared)
+
+    def _has_shared_metacopy(self, object_id: ObjectId) -> bool:
+        return self._ids[object_id] - self._bare_ids.get(object_id, 0) > 1
 
     def variant(self, group: Group, object_id: ObjectId | None) -> Variant:
         """The xattrs of an inode; its ``size`` is known now, its bytes after ``place``."""
         if object_id is None:
             key = (False, False)
         else:
-            key = (self._verity_ids.get(object_id, 0) > 1, self._redirect_ids[object_id] > 1)
+            several = self._ids[object_id] > 1
+            key = (several and self._has_shared_metacopy(object_id), several)
         variant = group.variants.get(key)
         if variant is None:
             shared_slots = {

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 SLOT: Final = 1 << 20
 #: Slots of a helper: it has something to do while others are filled and answers are read.
 _SLOTS: Final = 4
+#: Bytes stored without helpers, from which on these save more than they cost; making a file counts as well.
+WORTH: Final = 16 << 20
+_FILE: Final = 16 << 10
 #: Seconds a helper may take to end when its socket has: it finishes one slot at most.
 _PATIENCE: Final = 5.0
 #: Seconds that another thread may need between two lines.
@@ -326,20 +329,51 @@ def _start(repository: Repository, shared: int, sock: int) -> subprocess.Popen[b
 class StorePool:
     """``processes`` helpers that store objects in ``repository``. A context manager; any thread may use it.
 
-    Started in the thread that ends it: the kernel kills helpers whose thread has gone. Those that cannot be
-    started, for want of memory or processes, are done without. Raises ``ReadOnly``.
+    They are started once so much was stored without them (``spend``) that they are worth it: ``worth`` bytes,
+    0 for at once. Those that cannot be started, for want of memory or processes, are done without. Raises
+    ``ReadOnly``.
     """
 
-    def __init__(self, repository: Repository, processes: int) -> None:
+    def __init__(self, repository: Repository, processes: int, *, worth: int = WORTH) -> None:
         repository.check_writable()
         #: To be held while an object is stored in this process. That goes in and out of the interpreter all
         #: the time: two threads at it take turns every few microseconds, slower together than one alone.
         self.storing = threading.Lock()
+        self._repository = repository
+        self._processes = processes
+        self._worth = worth
         self._helpers: list[_Helper] = []
         self._numbers = itertools.count(1)
-        with suppress(OSError):
-            for _ in range(processes):
-                self._helpers.append(_Helper(repository))
+        self._wanted = threading.Event()
+        self._started = threading.Event()
+        self._closing = threading.Event()
+        # The kernel kills helpers when the thread that started them ends: it is one of their own.
+        self._keeper = threading.Thread(target=self._keep, name="store-pool", daemon=True)
+        if processes:
+            self._keeper.start()
+            if not worth:
+                self._wanted.set()
+                self._started.wait()
+
+    def _keep(self) -> None:
+        """Start the helpers when they are wanted, and end them."""
+        self._wanted.wait()
+        try:
+            with suppress(OSError):
+                while len(self._helpers) < self._processes and not self._closing.is_set():
+                    self._helpers.append(_Helper(self._repository))
+        finally:
+            self._started.set()
+        self._closing.wait()
+        for helper in self._helpers:
+            helper.close()
+
+    def spend(self, size: int) -> None:
+        """A content of ``size`` bytes, or a piece of one, is stored without a helper."""
+        if not self._started.is_set():
+            self._worth -= size + _FILE
+            if self._worth <= 0:
+                self._wanted.set()
 
     def slot(self) -> Slot | None:
         """A free slot of the helper with the least to do; None if all have enough."""
@@ -360,9 +394,11 @@ class StorePool:
 
     def close(self) -> None:
         """End the helpers. Twice is harmless."""
-        helpers, self._helpers = self._helpers, []
-        for helper in helpers:
-            helper.close()
+        self._closing.set()
+        self._wanted.set()
+        if self._keeper.ident is not None:
+            self._keeper.join()
+        self._helpers.clear()
 
     def __enter__(self) -> Self:
         return self
