@@ -34,7 +34,7 @@ def test_the_demo_works_and_leaves_nothing(tmp_path: Path) -> None:
     require("dbus-daemon")
     done = run_demo(tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "nothing to do, already there" in done.stdout
+    assert "came up 3 times: Sample OS 1, then Sample OS 2, then Sample OS 1." in done.stdout
     assert "=== Summary" in done.stdout
     scratch = re.search(r"Created and removed: (/\S+/hostimaged-demo-\w+) ", done.stdout)
     assert scratch

@@ -27,7 +27,7 @@ CTRL_C = "\x03"
 COMMANDS = {
     "check": (OK, ASKS),
     "pull": (OK, ASKS),
-    "upgrade": (UNBUILT, ASKS),
+    "upgrade --unified": (UNBUILT, ASKS),
     "gc --dry-run": (UNBUILT, ASKS),
     f"check {OTHER}": (ASKS, ASKS),
     f"pull {OTHER}": (ASKS, ASKS),
