@@ -50,7 +50,7 @@ def finalize_main(argv: Sequence[str]) -> int:
     """``hostimaged finalize``: exit code 0 also if nothing is staged, else that of the error."""
     parser = argparse.ArgumentParser(
         prog="hostimaged finalize",
-        description="Activate the staged deployment; run at shutdown by hostimaged-finalize.service.",
+        description="Activate the staged deployment; to be run at shutdown.",
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="a host made of plain files below DIR")
     parser.add_argument(
