@@ -20,7 +20,8 @@ from hostimaged.host.session import Session, open_session
 from hostimaged.progress import Reporter, Silent
 from hostimaged.system.paths import HostPaths
 
-pytestmark = pytest.mark.interop
+# Many hosts, one after the other, each with its syncs.
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(params=KINDS, ids=str)

@@ -41,7 +41,7 @@ from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Silent
 
-pytestmark = [pytest.mark.interop, pytest.mark.slow]
+pytestmark = [pytest.mark.interop, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SOAK = os.environ.get("HOSTIMAGE_SOAK") == "1"
 #: Lives of each kind of host.

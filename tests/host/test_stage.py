@@ -28,7 +28,8 @@ from hostimaged.ids import ManifestDigest
 from hostimaged.progress import Reporter, Silent
 from hostimaged.system.paths import HostPaths
 
-pytestmark = pytest.mark.interop
+# Many hosts, one after the other, each with its syncs.
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 REFERENCE = OriginReference.parse("ostree-unverified-image:docker://registry.example/os:stable")
 OTHER = OriginReference.parse("ostree-unverified-image:docker://registry.example/other:1")

@@ -22,7 +22,8 @@ from hostimaged.ids import ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Silent
 
-pytestmark = pytest.mark.interop
+# Many hosts, one after the other, each with its syncs.
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 Recorded = Callable[..., Life]
 REFERENCE = OriginReference.of(ImageReference.parse("docker://registry.example/os:stable"))
