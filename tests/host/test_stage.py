@@ -189,6 +189,32 @@ def test_an_older_image_of_the_same_name_is_refused(
     assert do(host, image, allow_downgrade=True) == "already-staged"
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "ostree-image-signed:docker://registry.example/os:latest",
+        "ostree-unverified-registry:registry.example/os",
+    ],
+)
+@pytest.mark.parametrize("kind", [KINDS[2]], ids=str)
+def test_a_reference_to_the_same_image_stays_as_it_was_written(
+    host: RecordedHost, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    """With what it demands of signatures, too; and it is the same image where downgrades are refused."""
+    life = installed(host)
+    host.write_origin(life.booted, reference=written)
+    image = host.image(NEXT)
+    asked = OriginReference.parse("ostree-unverified-image:docker://registry.example/os:latest")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_created", lambda image: 1)
+        with session(host) as opened, pytest.raises(PreconditionFailed, match="older"):
+            stage(opened, request(image, reference=asked))
+    expected = OriginReference.parse(written)
+    for result in ("staged", "already-staged"):
+        assert do(host, image, reference=asked) == result
+        assert Origin.parse(host.origin(image.id).read_bytes(), "origin").reference == expected
+
+
 def test_no_room_is_told_before_anything_is_written(
     host: RecordedHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,11 @@ class OriginReference:
         except InvalidReference:
             return None
 
+    def names_same(self, other: OriginReference) -> bool:
+        """Whether both lead to the same image, however it is written and whatever they demand."""
+        one, two = self.image, other.image
+        return self.image_text == other.image_text if one is None or two is None else one == two
+
     @property
     def image_text(self) -> str:
         """Transport and name as they were written, in the transport's common spelling."""

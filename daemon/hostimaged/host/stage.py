@@ -23,7 +23,7 @@ from hostimaged.host.etctree import read_image, subdirectory
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
 from hostimaged.host.menu import Menu, live_menu
-from hostimaged.host.model import BootType, Role
+from hostimaged.host.model import Role
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin
 from hostimaged.host.prefix import migrate
@@ -101,7 +101,7 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
 
     Raises ``ImageNotFound``, ``UnsupportedImage``, ``PreconditionFailed`` (a downgrade, conflicts in
     ``/etc``), ``NoSpace``, ``BootLoaderError``, ``LockTimeout`` and what writing raises. Then nothing is
-    staged that was not, and what was made is taken back.
+    staged that was not, and what was made is taken back; what was staged before may be gone.
     """
     session.reporter.phase(Phase.STAGING)
     image = images.open_image(session.repository, request.manifest_digest)
@@ -155,6 +155,14 @@ class _Stage:
         self._state = state
         self._at = session.reporter.at
         self.id: DeploymentId = boot.id
+        self._reference = self._followed()
+
+    def _followed(self) -> OriginReference:
+        """The reference to write: of the same image as before it stays as it is, with what it demands."""
+        wanted = self._request.reference
+        rows = (self._state.staged_deployment, self._state.booted_deployment)
+        known = [row.origin.reference for row in rows if row is not None and row.origin is not None]
+        return next((each for each in known if each is not None and each.names_same(wanted)), wanted)
 
     def run(self) -> dict[str, Any]:
         """Decide, check, write."""
@@ -222,9 +230,9 @@ class _Stage:
         return self._result(Result.SAME_AS_ROLLBACK if is_rollback else Result.SAME_AS_OTHER)
 
     def _change_staged(self, row: Deployment) -> None:
-        """Follow the new reference, and unlock or lock what is staged."""
-        if row.origin is not None and row.origin.reference != self._request.reference:
-            changed = row.origin.with_reference(self._request.reference)
+        """Follow the new reference, and unlock what is staged if it is not only to be downloaded."""
+        if row.origin is not None and row.origin.reference != self._reference:
+            changed = row.origin.with_reference(self._reference)
             statedirs.rewrite_origin(self._session.paths, row.id, changed)
         if row.locked and not self._request.locked:
             self._session.write_marker(Marker(row.id, finalization_locked=False))
@@ -240,7 +248,7 @@ class _Stage:
 
     def _check_boot_type(self, base: Deployment) -> None:
         """bootc refuses a host with both types, and so would its status."""
-        kind = BootType(str(self._boot.resources.boot_type))
+        kind = self._boot.resources.boot_type
         if base.boot_type is not None and base.boot_type is not kind:
             raise PreconditionFailed(
                 f"the image boots by {kind}, this host by {base.boot_type}: that cannot be changed"
@@ -251,7 +259,7 @@ class _Stage:
         if self._request.allow_downgrade or base.image is None or base.origin is None:
             return
         followed = base.origin.reference
-        if followed is None or followed.image_text != self._request.reference.image_text:
+        if followed is None or not followed.names_same(self._reference):
             return
         old, new = base.image.timestamp, _created(self._image)
         if old and new and new < old:
@@ -310,8 +318,8 @@ class _Stage:
         )
 
     def _origin(self, digest: BootDigest) -> Origin:
-        kind = BootType(str(self._boot.resources.boot_type))
-        return Origin.new(self._request.reference, kind, digest, self._request.manifest_digest)
+        kind = self._boot.resources.boot_type
+        return Origin.new(self._reference, kind, digest, self._request.manifest_digest)
 
     def _verify(self, files: RawSet) -> None:
         """Read back what was promised for the next boot."""
@@ -327,7 +335,7 @@ class _Stage:
             "deployment": str(self.id),
             "manifest-digest": str(self._request.manifest_digest),
             "version": self._image.version,
-            "image": self._request.reference.image_text,
+            "image": self._reference.image_text,
             "download-only": self._request.locked,
         }
         return found if etc is None else found | etc
