@@ -141,12 +141,25 @@ def read_image(repository: Repository, deployment: DeploymentId) -> Directory:
 
     Raises ``ImageNotFound``, ``CorruptRepository`` or ``StorageError``.
     """
+    return _open_image(repository, deployment).tree()
+
+
+def open_image_tree(repository: Repository, deployment: DeploymentId) -> Directory:
+    """The same for looking up single files: directories are read when they are entered.
+
+    Raises as ``read_image``, and ``ErofsError`` later.
+    """
+    return _open_image(repository, deployment).lazy_tree()
+
+
+def _open_image(repository: Repository, deployment: DeploymentId) -> Image:
+    """The image in memory as long as it is used."""
     fd = repository.open_image(str(deployment))
     try:
         if not os.fstat(fd).st_size:
             raise CorruptRepository(f"image {deployment} is empty")
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as data, memoryview(data) as view:
-            return Image(view, repository.algorithm, name=f"image {deployment}").tree()
+        data = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        return Image(memoryview(data), repository.algorithm, name=f"image {deployment}")
     except OSError as error:
         raise from_os_error(error, f"cannot read image {deployment}") from error
     finally:

@@ -15,12 +15,11 @@ from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.host import etcmerge, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
-from hostimaged.host.etctree import subdirectory
+from hostimaged.host.etctree import open_image_tree, subdirectory
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
 from hostimaged.host.recover import recover
 from hostimaged.host.setuproot import SetupRoot
-from hostimaged.host.softcheck import open_image_tree
 from hostimaged.progress import Phase
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.boot.resources import BootType
 from hostimaged.errors import NoSuchDeployment
-from hostimaged.host.origin import BootType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -59,7 +59,7 @@ class NewDeployment:
         self.tree: Directory = read_image(self._repository, boot.id)
         self.files = TreeFiles(self.tree, self._repository)
         self.setup = SetupRoot.load(self.files)
-        self.boot_type = BootType(str(boot.resources.boot_type))
+        self.boot_type = boot.resources.boot_type
         self.boot_digest = self._digest()
         self._shared = self._shared_kernel() if share else None
 

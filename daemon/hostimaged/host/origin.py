@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
+from hostimaged.boot.resources import BootType
 from hostimaged.errors import DamagedState, HostimageError, InvalidArgs
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.statefile import read_state_file
@@ -36,15 +36,6 @@ _DIGEST: Final = "digest"
 _MANIFEST: Final = "manifest_digest"
 
 _T = TypeVar("_T")
-
-
-class BootType(StrEnum):
-    """How a deployment is started."""
-
-    #: A kernel and an initrd, named by a boot entry.
-    BLS = "bls"
-    #: A unified kernel image.
-    UKI = "uki"
 
 
 @dataclass(frozen=True, slots=True)

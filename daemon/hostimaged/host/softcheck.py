@@ -6,14 +6,13 @@ Facts: boot-entries.md 12 (bootc 1.16): the same kernel, the same arguments, the
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot.files import DirectoryFiles, TreeFiles
-from hostimaged.composefs.erofs import Image
-from hostimaged.errors import BootLoaderError, HostimageError, NotSupported
+from hostimaged.errors import HostimageError, NotSupported
 from hostimaged.host.arguments import cmdline_of
+from hostimaged.host.etctree import open_image_tree
 from hostimaged.host.model import Deployment, Role, SoftReboot
 
 if TYPE_CHECKING:
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
 
     from hostimaged.boot.files import ImageFiles
     from hostimaged.composefs.repository import Repository
-    from hostimaged.composefs.tree import Directory
     from hostimaged.host.bootdirs import BootDirs
-    from hostimaged.ids import DeploymentId
     from hostimaged.system.paths import HostPaths
 
 _CONFIG: Final = "selinux/config"
@@ -85,21 +82,6 @@ def require_systemd(usr: Path) -> None:
     """Raises ``NotSupported`` if systemd of the running host knows no soft reboots."""
     if not (usr / _TARGET).exists():
         raise NotSupported("this host's systemd has no soft reboot: it needs version 254")
-
-
-def open_image_tree(repository: Repository, id_: DeploymentId) -> Directory:
-    """The tree of a deployment's boot image for looking up single files (``Image.lazy_tree``).
-
-    Raises as ``Repository.open_image`` does, and ``ErofsError``.
-    """
-    fd = repository.open_image(id_.value)
-    try:
-        data = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    except (OSError, ValueError):
-        raise BootLoaderError(f"image {id_} cannot be read") from None
-    finally:
-        os.close(fd)
-    return Image(memoryview(data), repository.algorithm, name=f"image {id_}").lazy_tree()
 
 
 def policy_digest(files: ImageFiles, etc: str) -> str:
