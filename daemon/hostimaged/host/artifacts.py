@@ -212,7 +212,7 @@ def _names(directory: Path) -> list[str]:
 def _writing(path: Path) -> Iterator[tuple[int, str]]:
     """A descriptor of the directory ``path``, made if missing, and a temporary name in it that is removed."""
     with told(f"cannot write the boot files in {path}"):
-        path.mkdir(parents=True, exist_ok=True)
+        bootfs.make_directory(path)
         with bootfs.directory(path) as fd:
             temporary = durable.temporary_name(TEMPORARY)
             try:

@@ -51,6 +51,15 @@ def new_directory(parent: int, name: str) -> Iterator[int]:
         os.close(fd)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory with all above it, durably: what is synced in it must not hang in the air."""
+    if path.is_dir():
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with directory(path) as fd:
+        durable.sync_filesystem(fd)
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything under the name, be it a link that leads nowhere."""
     return os.path.lexists(path)

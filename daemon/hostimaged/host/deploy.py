@@ -18,7 +18,7 @@ from hostimaged.boot.loader import Bootloader
 from hostimaged.boot.resources import Kernel
 from hostimaged.boot.selinux import Policy
 from hostimaged.errors import HostimageError, InvalidArgs, PreconditionFailed
-from hostimaged.host import bootimage, journal, statedirs
+from hostimaged.host import bootfs, bootimage, journal, statedirs
 from hostimaged.host.bootfs import told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation, Transaction
@@ -171,12 +171,12 @@ def _prepare_loader(state: HostState, new: NewDeployment, request: DeployRequest
     if not _is_menu(state, new):
         if loader is not None:
             with told(f"cannot make {loader}"):
-                loader.mkdir(parents=True, exist_ok=True)
+                bootfs.make_directory(loader)
         return
     if grub is None:
         return
     with told(f"cannot write {grub / 'efiuuid.cfg'}"):
-        grub.mkdir(parents=True, exist_ok=True)
+        bootfs.make_directory(grub)
         if request.esp_uuid:
             durable.replace_file(grub / "efiuuid.cfg", grubcfg.serialise_efiuuid(request.esp_uuid))
 
