@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from hostimaged.boot.cmdline import validate_arguments
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.options import check_string, parse_options
 from hostimaged.errors import ImageNotFound, InvalidArgs, InvalidReference
@@ -211,8 +212,7 @@ def _check_kernel_arguments(arguments: Sequence[str]) -> None:
         raise InvalidArgs(f"between 1 and {_MAX_ARGUMENTS} kernel arguments are changed at once")
     for argument in arguments:
         check_string("a kernel argument", argument, _MAX_ARGUMENT)
-        if not argument.strip():
-            raise InvalidArgs("a kernel argument is empty")
+    validate_arguments(arguments)
 
 
 def _frozen(arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -138,7 +138,7 @@ class Service:
 
     async def _recover(self) -> None:
         """Have what was interrupted finished or taken back, before anybody else starts a job."""
-        if await asyncio.to_thread(self._paths.transaction.exists):
+        if await asyncio.to_thread(os.path.exists, self._paths.transaction):
             operation = Recover(lock_timeout=self._model.settings.lock_timeout)
             with suppress(HostimageError):
                 await self._queue.submit(operation, Initiator(os.geteuid(), "hostimaged"))
