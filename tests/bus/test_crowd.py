@@ -163,7 +163,7 @@ async def test_whatever_is_sent_memory_and_descriptors_come_back(
     await tracking.start()
     # While it starts, calls wait in a place that is small.
     await client.status()
-    owner = await _owner(client)
+    owner = await client.owner()
     with attackers(bus, 4) as crowd:
         for attacker in crowd:
             await asyncio.to_thread(_everything, attacker, owner)
@@ -250,16 +250,3 @@ async def test_a_crowd_of_watchers_on_a_stopped_bus(tracking: Daemon, bus: Bus, 
     assert (await client.job(path))["Message"].startswith("message 4999 ")
     assert client.changes(path, "org.hostimage1.Job", "State")[-1] == "done"
     assert isinstance(client.connection, Connection)
-
-
-async def _owner(client: Client) -> str:
-    (owner,) = await client.connection.call(
-        "org.freedesktop.DBus",
-        "/org/freedesktop/DBus",
-        "org.freedesktop.DBus",
-        "GetNameOwner",
-        "s",
-        [BUS_NAME],
-    )
-    assert isinstance(owner, str)
-    return owner

@@ -228,7 +228,7 @@ async def test_an_authorised_user(host: Daemon, bus: Bus, client: Client) -> Non
             assert await case.call(active, interactive=True) == case.result, case.title
             assert tuple(check.action for check in polkit.checks) == case.actions, case.title
             for check in polkit.checks:
-                assert check.caller == await _owner(client), case.title
+                assert check.caller == await client.owner(), case.title
                 assert (check.subject_kind, check.subject) == (
                     "system-bus-name",
                     {"name": active.connection.unique_name},
@@ -348,16 +348,3 @@ async def test_what_was_authorised_is_what_is_done(host: Daemon, bus: Bus, clien
 async def _count_jobs(client: Client) -> int:
     document = json.loads(await client.manager("GetStatus", "sa{sv}", "native", {}))
     return len(document["jobs"]) + len(document["results"])
-
-
-async def _owner(client: Client) -> str:
-    (owner,) = await client.connection.call(
-        "org.freedesktop.DBus",
-        "/org/freedesktop/DBus",
-        "org.freedesktop.DBus",
-        "GetNameOwner",
-        "s",
-        [BUS_NAME],
-    )
-    assert isinstance(owner, str)
-    return owner

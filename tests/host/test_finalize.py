@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bootc_model import Bootc
 
+from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import KINDS, RecordedHost
 from hostimage_testing.lives import Life, staged, upgraded
+from hostimage_testing.operating import At, session
 from hostimaged.errors import Cancelled, HostimageError
 from hostimaged.host import finalize as module
 from hostimaged.host import reorder
 from hostimaged.host.commands import finalize_main
 from hostimaged.host.finalize import finalize
-from hostimaged.host.session import Session, open_session
-from hostimaged.progress import Reporter, Silent
-from hostimaged.system.paths import HostPaths
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
@@ -27,32 +24,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 @pytest.fixture(params=KINDS, ids=str)
 def host(request: pytest.FixtureRequest, tmp_path: Path, cfsctl: str) -> RecordedHost:
     return RecordedHost(tmp_path / "host", cfsctl, kind=request.param)
-
-
-@contextmanager
-def session(host: RecordedHost, reporter: Reporter | None = None) -> Iterator[Session]:
-    with open_session(HostPaths.scratch(host.root), reporter or Silent()) as opened:
-        yield opened
-
-
-class Stop(BaseException):
-    """The process is gone: nothing of it runs any more, no clean-up either."""
-
-
-class At(Silent):
-    """Stops, by a kill or by an error, at the step ``number``; counts the steps."""
-
-    def __init__(self, number: int, error: type[BaseException] = Stop) -> None:
-        self.number = number
-        self.count = 0
-        self.points: list[str] = []
-        self._error = error
-
-    def at(self, point: str) -> None:
-        self.points.append(point)
-        self.count += 1
-        if self.count - 1 == self.number:
-            raise self._error
 
 
 def test_a_staged_deployment_boots_after_the_shutdown(host: RecordedHost) -> None:
@@ -140,11 +111,11 @@ def _steps(tmp_path: Path, cfsctl: str, kind: object) -> int:
         # Nothing in /etc was changed.
         ["etc-merge.built", "etc-merge.synced", "etc-merge.exchanged"],
     )
-    return counting.count
+    return len(counting.points)
 
 
 @pytest.mark.parametrize(
-    ("kind", "ending"), [*((kind, Stop) for kind in KINDS[:3]), (KINDS[2], Cancelled)], ids=str
+    ("kind", "ending"), [*((kind, Crash) for kind in KINDS[:3]), (KINDS[2], Cancelled)], ids=str
 )
 def test_interrupted_anywhere_the_host_boots_the_old_or_the_new(
     tmp_path: Path, cfsctl: str, kind: object, ending: type[BaseException]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,51 +11,25 @@ from typing import Any
 import pytest
 from bootc_model import Bootc
 
-from hostimage_testing.disk import EXPECTED, Disk
+from hostimage_testing.disk import EXPECTED, Crash, Disk
 from hostimage_testing.hosts import KINDS, Kind, RecordedHost
 from hostimage_testing.lives import Life, staged
+from hostimage_testing.operating import At, session
 from hostimage_testing.os_images import OsImage, Recipe
 from hostimaged.errors import Cancelled, HostimageError, StorageError
 from hostimaged.host import reorder
 from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.pins import set_pinned
-from hostimaged.host.session import Session, open_session
+from hostimaged.host.session import Session
 from hostimaged.host.stage import StageRequest, stage, unstage
 from hostimaged.ids import DeploymentId, ManifestDigest
-from hostimaged.progress import Reporter, Silent
-from hostimaged.system.paths import HostPaths
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 REFERENCE = OriginReference.parse("ostree-unverified-image:docker://registry.example/os:stable")
 NEXT = Recipe(version="9", kernel=b"kernel nine ", etc={"new.conf": b"new\n"})
-
-
-class Stop(BaseException):
-    """The process is gone: nothing of it runs any more, no clean-up either."""
-
-
-class At(Silent):
-    """Stops at the step ``number``."""
-
-    def __init__(self, number: int, error: type[BaseException]) -> None:
-        self._number = number
-        self._error = error
-        self._count = 0
-
-    def at(self, point: str) -> None:
-        del point
-        self._count += 1
-        if self._count - 1 == self._number:
-            raise self._error
-
-
-@contextmanager
-def session(host: RecordedHost, reporter: Reporter | None = None) -> Iterator[Session]:
-    with open_session(HostPaths.scratch(host.root), reporter or Silent()) as opened:
-        yield opened
 
 
 @dataclass(frozen=True)
@@ -139,7 +112,7 @@ def _status(host: RecordedHost) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("stage", "finalize")])
-@pytest.mark.parametrize(("kind", "endings"), [(KINDS[1], (Stop,)), (KINDS[2], (Stop, Cancelled))], ids=str)
+@pytest.mark.parametrize(("kind", "endings"), [(KINDS[1], (Crash,)), (KINDS[2], (Crash, Cancelled))], ids=str)
 def test_interrupted_at_every_step(
     name: str, kind: Kind, endings: tuple[type[BaseException], ...], tmp_path: Path, cfsctl: str
 ) -> None:

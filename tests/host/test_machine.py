@@ -28,8 +28,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import Kind, RecordedHost
 from hostimage_testing.lives import Life, Records
+from hostimage_testing.operating import At
 from hostimage_testing.os_images import OsImage, Recipe
 from hostimage_testing.recorded import paths_of, problems_of, state_of
 from hostimaged.errors import HostimageError
@@ -68,22 +70,6 @@ def full_of_images(host: RecordedHost) -> Life:
     host.live(new, old)
     host.booted(new)
     return Life(host, new, rollback=old)
-
-
-class Crash(BaseException):
-    """The process is gone, and cleans nothing up."""
-
-
-class CrashAt(Silent):
-    """Crashes at the named point ``left``, counted from here."""
-
-    def __init__(self, left: int) -> None:
-        self._left = left
-
-    def at(self, point: str) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise Crash(point)
 
 
 indices = st.integers(0, len(RECIPES) - 1)
@@ -127,7 +113,7 @@ class HostMachine(RuleBasedStateMachine):
 
     def _run(self, operation: Operation, crash: int | None = None) -> dict[str, Any] | None:
         """Run an operation of ours; None if it refused or crashed."""
-        reporter = Silent() if crash is None else CrashAt(crash)
+        reporter = Silent() if crash is None else At(crash)
         try:
             with open_session(paths_of(self.host), reporter) as session:
                 done = operation(session)

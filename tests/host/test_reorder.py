@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from hostimage_testing.hosts import KINDS, Kind, RecordedHost
 from hostimage_testing.lives import Life, installed, staged, upgraded
+from hostimage_testing.operating import session
 from hostimaged.errors import (
     AlreadyBooted,
     BootLoaderError,
@@ -20,10 +19,7 @@ from hostimaged.errors import (
 )
 from hostimaged.host import reorder
 from hostimaged.host.pins import set_pinned
-from hostimaged.host.session import Session, open_session
 from hostimaged.ids import DeploymentId
-from hostimaged.progress import Silent
-from hostimaged.system.paths import HostPaths
 
 pytestmark = pytest.mark.interop
 
@@ -33,12 +29,6 @@ BLS = [kind for kind in KINDS if not kind.uki]
 @pytest.fixture(params=KINDS, ids=str)
 def host(request: pytest.FixtureRequest, tmp_path: Path, cfsctl: str) -> RecordedHost:
     return RecordedHost(tmp_path / "host", cfsctl, kind=request.param)
-
-
-@contextmanager
-def session(host: RecordedHost) -> Iterator[Session]:
-    with open_session(HostPaths.scratch(host.root), Silent()) as opened:
-        yield opened
 
 
 def ids(host: RecordedHost) -> list[str]:

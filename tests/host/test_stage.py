@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bootc_model import Bootc
 
+from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import KINDS, Era, Kind, RecordedHost
 from hostimage_testing.lives import installed, staged, upgraded
+from hostimage_testing.operating import At, session
 from hostimage_testing.os_images import OsImage, Recipe
 from hostimaged.errors import Cancelled, NoSpace, NothingStaged, PreconditionFailed
 from hostimaged.host import space
@@ -22,11 +22,8 @@ from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.origin import Origin
 from hostimaged.host.reorder import begin, rollback
-from hostimaged.host.session import Session, open_session
 from hostimaged.host.stage import StageRequest, stage, unlock, unstage
 from hostimaged.ids import ManifestDigest
-from hostimaged.progress import Reporter, Silent
-from hostimaged.system.paths import HostPaths
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
@@ -39,12 +36,6 @@ NEXT = Recipe(version="2", kernel=b"kernel two ", etc={"new.conf": b"new\n"})
 @pytest.fixture
 def host(kind: Kind, tmp_path: Path, cfsctl: str) -> RecordedHost:
     return RecordedHost(tmp_path / "host", cfsctl, kind=kind)
-
-
-@contextmanager
-def session(host: RecordedHost, reporter: Reporter | None = None) -> Iterator[Session]:
-    with open_session(HostPaths.scratch(host.root), reporter or Silent()) as opened:
-        yield opened
 
 
 def request(image: OsImage, **others: object) -> StageRequest:
@@ -282,29 +273,11 @@ def test_r16_a_host_of_an_older_bootc_is_upgraded_and_rolled_back(
 # --- interruptions -----------------------------------------------------------------------------------------
 
 
-class Stop(BaseException):
-    """The process is gone: nothing of it runs any more, no clean-up either."""
-
-
-class At(Silent):
-    """Stops at the step ``number``; remembers the steps."""
-
-    def __init__(self, number: int, error: type[BaseException] = Stop) -> None:
-        self._number = number
-        self._error = error
-        self.points: list[str] = []
-
-    def at(self, point: str) -> None:
-        self.points.append(point)
-        if len(self.points) - 1 == self._number:
-            raise self._error
-
-
 INTERRUPTED = (KINDS[0], KINDS[1], KINDS[2])
 
 
 @pytest.mark.parametrize(
-    ("kind", "ending"), [*((kind, Stop) for kind in INTERRUPTED), (KINDS[2], Cancelled)], ids=str
+    ("kind", "ending"), [*((kind, Crash) for kind in INTERRUPTED), (KINDS[2], Cancelled)], ids=str
 )
 def test_a6_interrupted_anywhere_nothing_of_the_host_changes(
     kind: Kind, ending: type[BaseException], tmp_path: Path, cfsctl: str

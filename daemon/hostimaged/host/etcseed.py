@@ -41,7 +41,7 @@ from hostimaged.system import durable, trees
 from hostimaged.system.trees import Metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from hostimaged.composefs.repository import Repository
     from hostimaged.composefs.tree import Content, Leaf, Stat
@@ -84,19 +84,29 @@ def seed_etc(
     etc = subdirectory(image, b"etc")
     try:
         trees.remove_tree(SEED, deployment)
-        try:
+        with _built(SEED, ETC, deployment, lambda step: reporter.at(f"etc-seed.{step}")):
             _make_etc(etc, repository, deployment, mode, reporter)
-            reporter.at("etc-seed.made")
-            _put(SEED, ETC, deployment)
-        except Exception:
-            with contextlib.suppress(OSError):
-                trees.remove_tree(SEED, deployment)
-            raise
-        reporter.at("etc-seed.named")
-        # After an exchange this is what was there before.
-        trees.remove_tree(SEED, deployment)
     except OSError as error:
         raise from_os_error(error, "cannot write /etc of the deployment") from error
+
+
+@contextlib.contextmanager
+def _built(temporary: str, name: str, directory: int, at: Callable[[str], None]) -> Iterator[None]:
+    """Build a tree as ``temporary`` inside the block; it then gets ``name``, or is removed after an error.
+
+    ``at`` is called with ``made`` and ``named``.
+    """
+    try:
+        yield
+        at("made")
+        _put(temporary, name, directory)
+    except Exception:
+        with contextlib.suppress(OSError):
+            trees.remove_tree(temporary, directory)
+        raise
+    at("named")
+    # After an exchange this is what was there before.
+    trees.remove_tree(temporary, directory)
 
 
 def _make_etc(
@@ -153,18 +163,12 @@ def seed_var(image: Directory, repository: Repository, shared: int, reporter: Re
     except OSError as error:
         raise from_os_error(error, "cannot read the shared /var") from error
     try:
-        try:
-            with trees.new_directory(os.fsencode(VAR_SEED), shared, image_metadata(var.stat)) as seed:
-                trees.forget_acl(seed)
-                ImageWriter(repository, seed, lambda: reporter.at("var-seed.write")).write(var, seed)
-            reporter.at("var-seed.made")
-            _put(VAR_SEED, VAR, shared)
-        except Exception:
-            with contextlib.suppress(OSError):
-                trees.remove_tree(VAR_SEED, shared)
-            raise
-        reporter.at("var-seed.named")
-        trees.remove_tree(VAR_SEED, shared)
+        with (
+            _built(VAR_SEED, VAR, shared, lambda step: reporter.at(f"var-seed.{step}")),
+            trees.new_directory(os.fsencode(VAR_SEED), shared, image_metadata(var.stat)) as seed,
+        ):
+            trees.forget_acl(seed)
+            ImageWriter(repository, seed, lambda: reporter.at("var-seed.write")).write(var, seed)
     except OSError as error:
         raise from_os_error(error, "cannot write /var") from error
     return True

@@ -93,19 +93,16 @@ class _Operation(BaseModel):
         return None
 
 
-class _Fetch(_Operation):
-    """Fetch the image ``reference`` into the repository."""
+class _OfImage(_Operation):
+    """Something with the image ``reference`` at its source."""
 
     kind: str
     reference: str = Field(max_length=MAX_LENGTH)
-    expect_digest: str | None = Field(default=None, max_length=128)
-    verity: Literal["require", "opportunistic"] = "require"
-    lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property
     def identity(self) -> Hashable:
         """See ``_Operation``."""
-        return (self.kind, self.reference, self.expect_digest)
+        return (self.kind, self.reference)
 
     @property
     def target(self) -> str:
@@ -115,7 +112,21 @@ class _Fetch(_Operation):
     @property
     def profile(self) -> Profile:
         """Privileges that the operation needs."""
-        return _fetching(self.reference)
+        transport = ImageReference.parse(self.reference).transport
+        return Profile.PULL_STORAGE if transport is Transport.CONTAINERS_STORAGE else Profile.PULL
+
+
+class _Fetch(_OfImage):
+    """Fetch the image ``reference`` into the repository."""
+
+    expect_digest: str | None = Field(default=None, max_length=128)
+    verity: Literal["require", "opportunistic"] = "require"
+    lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.reference, self.expect_digest)
 
 
 class Pull(_Fetch):
@@ -164,7 +175,7 @@ class Upgrade(_Update):
     @property
     def profile(self) -> Profile:
         """Privileges that the operation needs."""
-        return Profile.HOST if self.from_downloaded else _fetching(self.reference)
+        return Profile.HOST if self.from_downloaded else super().profile
 
     def then(self, result: Mapping[str, Any]) -> Operation | None:
         """See ``_Operation``."""
@@ -255,30 +266,14 @@ class Recover(_HostOperation):
     kind: Literal["recover"] = "recover"
 
 
-class Check(_Operation):
+class Check(_OfImage):
     """Find out what ``reference`` is at its source now, and how much of it is missing; changes nothing."""
 
     mutating = False
     gives_way = True
 
     kind: Literal["check"] = "check"
-    reference: str = Field(max_length=MAX_LENGTH)
     lock_timeout: float = 0.0
-
-    @property
-    def identity(self) -> Hashable:
-        """See ``_Operation``."""
-        return (self.kind, self.reference)
-
-    @property
-    def target(self) -> str:
-        """What the job works on, for people."""
-        return self.reference
-
-    @property
-    def profile(self) -> Profile:
-        """Privileges that the operation needs."""
-        return _fetching(self.reference)
 
 
 class Diff(_Operation):
@@ -325,11 +320,6 @@ class Scan(_Operation):
     def profile(self) -> Profile:
         """Privileges that the operation needs."""
         return Profile.SCAN
-
-
-def _fetching(reference: str) -> Profile:
-    transport = ImageReference.parse(reference).transport
-    return Profile.PULL_STORAGE if transport is Transport.CONTAINERS_STORAGE else Profile.PULL
 
 
 Operation = Annotated[

@@ -245,6 +245,19 @@ class Client:
                 await self._news.wait()
         return value
 
+    async def owner(self) -> str:
+        """The unique name of the daemon."""
+        (owner,) = await self.connection.call(
+            "org.freedesktop.DBus",
+            "/org/freedesktop/DBus",
+            "org.freedesktop.DBus",
+            "GetNameOwner",
+            "s",
+            [BUS_NAME],
+        )
+        assert isinstance(owner, str)
+        return owner
+
     def owner_appears(self) -> Any:
         mark = len(self.signals)
         return self.until(
