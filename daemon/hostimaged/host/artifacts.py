@@ -120,22 +120,23 @@ class UkiFiles:
         return self.directory / bls.uki_name(name)
 
     def found(self) -> list[Artifact]:
-        """All prefixed UKIs, sorted by name."""
-        return [
-            Artifact(name, self.path(name))
-            for name in _stripped(self.directory, bls.EFI_SUFFIX)
-            if self.path(name).is_file()
-        ]
+        """All prefixed UKIs, sorted by name; one of which only the addons are there is not complete."""
+        stems = {*_stripped(self.directory, bls.EFI_SUFFIX), *_stripped(self.directory, bls.ADDONS_SUFFIX)}
+        return [Artifact(name, self.path(name), complete=self.path(name).is_file()) for name in sorted(stems)]
 
     def unprefixed(self) -> list[str]:
         """Names, without suffix, of UKIs of bootc before March 2026, which had no prefix."""
-        stems = [name.removesuffix(bls.EFI_SUFFIX) for name in _names(self.directory)]
-        return [stem for stem in stems if _ID.match(stem)]
+        stems = {
+            name.removesuffix(bls.ADDONS_SUFFIX).removesuffix(bls.EFI_SUFFIX)
+            for name in _names(self.directory)
+        }
+        return sorted(stem for stem in stems if _ID.match(stem))
 
     def remove_unprefixed(self, name: str) -> None:
         """Remove one of those, durably."""
         with told(f"cannot remove {self.directory / name}"):
             bootfs.remove_name(self.directory, f"{name}{bls.EFI_SUFFIX}")
+            bootfs.remove_name(self.directory, f"{name}{bls.ADDONS_SUFFIX}")
 
     def write(
         self, id_: DeploymentId, content: Iterable[bytes], addons: Iterable[tuple[str, Iterable[bytes]]] = ()
@@ -147,6 +148,10 @@ class UkiFiles:
         addons = list(addons)
         if addons:
             self._write_addons(bls.addons_name(id_), addons)
+        else:
+            # Left over from another UKI of this name, they would be started with this one.
+            with told(f"cannot remove the add-ons of {self.path(str(id_))}"):
+                bootfs.remove_name(self.directory, bls.addons_name(id_))
         with _writing(self.directory) as (directory, temporary):
             durable.write_new_file(directory, temporary, content)
             bootfs.put_in_place(self.directory, directory, temporary, bls.uki_name(id_))

@@ -60,6 +60,14 @@ def make_directory(path: Path) -> None:
         durable.sync_filesystem(fd)
 
 
+def tree_bytes(path: Path) -> int:
+    """Bytes of a file, or of the files in a directory; 0 for what is gone."""
+    try:
+        return sum(each.stat().st_size for each in ([path] if path.is_file() else path.iterdir()))
+    except OSError:
+        return 0
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything under the name, be it a link that leads nowhere."""
     return os.path.lexists(path)

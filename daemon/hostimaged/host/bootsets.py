@@ -124,7 +124,21 @@ class BlsSets:
 
     def replace_live(self, files: RawSet) -> None:
         """See ``BootSetStore``."""
+        self._require_files()
         self._write(files, self.LIVE)
+
+    def _require_files(self) -> None:
+        """Refuse to replace what could not be carried over: directories and links of other people."""
+        path = self._loader / self.LIVE
+        with told(f"cannot read {path}"):
+            if not path.is_dir():
+                return
+            with os.scandir(path) as found:
+                for each in found:
+                    if not each.is_file(follow_symlinks=False):
+                        raise BootLoaderError(
+                            f"{each.path} is no file, and would be lost with the other entries"
+                        )
 
     def _write(self, files: RawSet, name: str) -> None:
         with told(f"cannot write boot entries in {self._loader}"), bootfs.directory(self._loader) as loader:
@@ -146,6 +160,7 @@ class BlsSets:
 
     def activate(self) -> None:
         """See ``BootSetStore``."""
+        self._require_files()
         doing = f"cannot activate the boot entries in {self._loader}"
         with told(doing), bootfs.directory(self._loader) as loader:
             if bootfs.exists(self._loader / self.LIVE):

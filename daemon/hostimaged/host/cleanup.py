@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostimaged.host import statedirs
+from hostimaged.boot import bls
+from hostimaged.errors import BootLoaderError
+from hostimaged.host import bootfs, statedirs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from hostimaged.boot.bls import Entry
     from hostimaged.host.artifacts import KernelFiles, UkiFiles
+    from hostimaged.host.entries import Foreign
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.ids import DeploymentId
@@ -51,16 +55,23 @@ def discard(session: Session, ids: Iterable[DeploymentId]) -> list[DeploymentId]
 def sweep_artifacts(session: Session, state: HostState) -> None:
     """Remove kernels and UKIs that no entry, live or staged, starts: whoever left them, nothing uses them.
 
-    Nothing is removed where the entries are in doubt: unreadable, or without the running deployment.
+    Nothing is removed where the entries are in doubt: unreadable, one of them damaged, or without the running
+    deployment.
     """
     if state.sets.unreadable or not state.sets.entries or state.dirs.boot is None:
         return
-    used = {entry.artifact for entry in state.sets.entries}
+    others = [foreign for each in (state.sets.live, state.sets.staged) if each for foreign in each.foreign]
+    if any(foreign.problem for foreign in others):
+        return
+    entries = [entry.entry for entry in state.sets.entries] + [
+        parsed for foreign in others if (parsed := _parsed(foreign)) is not None
+    ]
+    used = {entry.artifact() for entry in entries}
     if state.booted is not None:
         if not any(entry.id == state.booted.id for entry in state.sets.entries):
             return
         used |= {str(state.booted.id), str(state.booted.cmdline_id)}
-    without_prefix = {entry.artifact for entry in state.sets.entries if not entry.entry.has_prefix}
+    without_prefix = {entry.artifact() for entry in entries if not entry.has_prefix}
     places: list[KernelFiles | UkiFiles] = [session.kernels(state)]
     if state.dirs.ukis is not None:
         places.append(session.ukis(state))
@@ -73,6 +84,29 @@ def sweep_artifacts(session: Session, state: HostState) -> None:
             if name not in without_prefix:
                 place.remove_unprefixed(name)
                 session.reporter.at("discard.artifact")
+
+
+def _parsed(foreign: Foreign) -> Entry | None:
+    """An entry of somebody's own making, which may start a kernel of ours."""
+    try:
+        return bls.parse(foreign.data, foreign.file_name)
+    except BootLoaderError:
+        return None
+
+
+def staged_only_bytes(session: Session, state: HostState) -> int:
+    """Bytes of kernels and UKIs that go when what is staged now goes."""
+    staged = set() if state.sets.staged is None else {each.artifact for each in state.sets.staged.entries}
+    live = set() if state.sets.live is None else {each.artifact for each in state.sets.live.entries}
+    places: list[KernelFiles | UkiFiles] = [] if state.dirs.kernels is None else [session.kernels(state)]
+    if state.dirs.ukis is not None:
+        places.append(session.ukis(state))
+    return sum(
+        bootfs.tree_bytes(found.path)
+        for place in places
+        for found in place.found()
+        if found.name in staged - live
+    )
 
 
 def remove_temporary(session: Session, state: HostState) -> None:
@@ -95,6 +129,8 @@ def unstage(session: Session, state: HostState) -> list[DeploymentId]:
     if state.marker is not None:
         staged.add(state.marker.depl_id)
         session.remove_marker()
+        # What is not staged any more is taken away to the end.
+        session = session.steady()
     session.reporter.at("unstage.marker")
     if state.sets.staged is not None:
         session.store(state).remove_staged()

@@ -22,7 +22,7 @@ from hostimaged.host import bootfs, bootimage, journal, statedirs
 from hostimaged.host.bootfs import told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation, Transaction
-from hostimaged.host.menu import Menu
+from hostimaged.host.menu import live_menu
 from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
@@ -94,13 +94,15 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
     new = NewDeployment(session, state, boot, share=False)
     new.require_space()
     item = new.menu_item(_options(session, boot, new, arguments), is_menu=_is_menu(state, new))
-    files = Menu((item,)).render(state.dirs.loader, is_menu=_is_menu(state, new))
+    # Entries of other systems stay.
+    menu = live_menu(state).having([item])
+    files = menu.render(state.dirs.loader, is_menu=_is_menu(state, new))
     path = session.paths.transaction
     transaction = Transaction(
         Operation.DEPLOY,
         session.boot_id,
         session.now(),
-        before=digest(None),
+        before=digest(None if state.sets.live is None else state.sets.live.raw),
         after=files.digest,
         target=new.id,
         state_dir=True,
@@ -115,16 +117,18 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
         new.write_state(origin, seed_var=True)
         _label(session, new)
         _link_storage(session)
+        # The entry is on another file system, and must not be there before what it needs.
+        session.repository.sync()
         session.reporter.at("deploy.state")
         _prepare_loader(state, new, request)
         session.store(state, kind).replace_live(files)
-        session.reporter.at("deploy.entries")
+        session.steady().reporter.at("deploy.entries")
     except (HostimageError, OSError):
         with contextlib.suppress(HostimageError, OSError):
-            recover(session, session.state())
+            recover(session.steady(), session.state())
         raise
     journal.remove(path)
-    session.reporter.at("deploy.done")
+    session.steady().reporter.at("deploy.done")
     return {
         "result": "deployed",
         "deployment": str(new.id),
@@ -198,8 +202,8 @@ def _label(session: Session, new: NewDeployment) -> None:
     state, var = statedirs.state_directory(session.paths, new.id), statedirs.shared_var(session.paths)
     around = {path for path in (*state.parents, *var.parents) if path != root and path.is_relative_to(root)}
     for path in (*sorted(around), state, state / statedirs.VAR, state / origin_name(new.id)):
-        kind = stat.S_IFMT(path.lstat().st_mode)
-        label = policy.label(b"/" + os.fsencode(path.relative_to(root)), _KINDS[kind])
-        if label is not None:
-            with told(f"cannot label {path}"):
+        with told(f"cannot label {path}"):
+            kind = stat.S_IFMT(path.lstat().st_mode)
+            label = policy.label(b"/" + os.fsencode(path.relative_to(root)), _KINDS[kind])
+            if label is not None:
                 os.setxattr(path, _SELINUX, label, follow_symlinks=False)

@@ -7,16 +7,14 @@ Nothing is mounted or written. The result has at most 1 MiB as JSON; counts are 
 from __future__ import annotations
 
 import json
-import mmap
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.files import TreeFiles, content_size
-from hostimaged.composefs.erofs import Image
 from hostimaged.composefs.tree import Directory, Leaf
-from hostimaged.errors import CorruptRepository, HostimageError, PreconditionFailed, from_os_error
+from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.host.arguments import cmdline_of
+from hostimaged.host.etctree import read_image
 from hostimaged.host.packages import Packages, read_packages
 from hostimaged.host.texts import shown
 
@@ -87,9 +85,9 @@ def diff(
     one, two = state.get(old), state.get(new)
     if one.id == two.id:
         raise PreconditionFailed("a deployment does not differ from itself")
-    before = _tree(repository, one.id)
+    before = read_image(repository, one.id)
     reporter.at("diff.read")
-    after = _tree(repository, two.id)
+    after = read_image(repository, two.id)
     reporter.at("diff.compare")
     files = _Files()
     files.compare(before, after)
@@ -134,19 +132,6 @@ def _named(row: Deployment) -> dict[str, str]:
         "version": "" if row.image is None else shown(row.image.version[:_MAX_LABEL]),
         "image-digest": "" if row.manifest_digest is None else str(row.manifest_digest),
     }
-
-
-def _tree(repository: Repository, id_: DeploymentId) -> Directory:
-    fd = repository.open_image(id_.value)
-    try:
-        data = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    except ValueError:
-        raise CorruptRepository(f"image {id_} is empty") from None
-    except OSError as error:
-        raise from_os_error(error, f"cannot read image {id_}") from error
-    finally:
-        os.close(fd)
-    return Image(memoryview(data), repository.algorithm, name=f"image {id_}").tree()
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ whoever comes second finds nothing to do.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.files import TreeFiles
@@ -18,6 +19,7 @@ from hostimaged.host.bootsets import digest
 from hostimaged.host.etctree import open_image_tree, subdirectory
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
+from hostimaged.host.menu import live_menu, staged_menu
 from hostimaged.host.recover import recover
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.progress import Phase
@@ -59,9 +61,10 @@ def finalize(session: Session) -> dict[str, Any]:
         return {"result": "nothing-staged"}
     if state.marker.finalization_locked:
         return {"result": "download-only", "deployment": str(row.id)}
-    if not row.bootable or row.staged is None:
-        reason = row.problems[0].text if row.problems else "it has no boot entry"
+    if row.obstacle is not None or row.staged is None:
+        reason = "it has no boot entry" if row.obstacle is None else row.obstacle.text
         raise PreconditionFailed(f"deployment {row.id} would not start: {reason}")
+    state = _with_others_of_now(session, state)
     path = session.paths.transaction
     try:
         journal.write(path, _transaction(session, state, row))
@@ -71,12 +74,23 @@ def finalize(session: Session) -> dict[str, Any]:
         _activate(session, state, row)
     except (HostimageError, OSError):
         with contextlib.suppress(HostimageError, OSError):
-            recover(session, session.state())
+            recover(session.steady(), session.state())
         raise
     journal.remove(path)
-    session.reporter.at("finalize.done")
+    session.steady().reporter.at("finalize.done")
     summary = {} if plan is None else {f"etc-{name}": count for name, count in plan.summary.items()}
     return {"result": "finalized", "deployment": str(row.id), **summary}
+
+
+def _with_others_of_now(session: Session, state: HostState) -> HostState:
+    """Take entries of other programs as they are now, not as they were when the menu was staged."""
+    live, staged = live_menu(state), staged_menu(state)
+    if (live.others, live.other_entries) == (staged.others, staged.other_entries):
+        return state
+    menu = replace(staged, others=live.others, other_entries=live.other_entries)
+    session.store(state).write_staged(menu.render(state.dirs.loader, is_menu=state.sets.is_menu))
+    session.reporter.at("finalize.others")
+    return session.state()
 
 
 def _transaction(session: Session, state: HostState, row: Deployment) -> Transaction:
@@ -121,6 +135,7 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.write_marker(Marker(row.id, finalization_locked=True))
     session.reporter.at("finalize.locked")
     store.activate()
+    session = session.steady()
     session.reporter.at("finalize.activated")
     session.remove_marker()
     session.reporter.at("finalize.marker")

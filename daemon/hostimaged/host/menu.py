@@ -76,9 +76,14 @@ class Menu:
         return replace(self, items=tuple(items))
 
     def first(self, id_: DeploymentId) -> Menu:
-        """A copy in which a deployment comes first and the others keep their order."""
-        chosen = [item for item in self.items if item.id == id_]
-        return self.having([*chosen, *(item for item in self.items if item.id != id_)])
+        """A copy in which a deployment comes first and the others keep their order.
+
+        Raises ``BootLoaderError`` if it is not in the menu.
+        """
+        chosen = self.item(id_)
+        if chosen is None:
+            raise BootLoaderError(f"deployment {id_} has no boot entry")
+        return self.having([chosen, *(item for item in self.items if item.id != id_)])
 
     def without(self, id_: DeploymentId) -> Menu:
         """A copy without a deployment."""

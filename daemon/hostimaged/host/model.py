@@ -204,9 +204,14 @@ class Deployment:
         return "" if self.entry is None else self.entry.options
 
     @property
+    def obstacle(self) -> Problem | None:
+        """The first that is known to keep it from starting."""
+        return next((problem for problem in self.problems if problem.id in _FATAL), None)
+
+    @property
     def bootable(self) -> bool:
         """Whether nothing is known that would keep it from starting."""
-        return not any(problem.id in _FATAL for problem in self.problems)
+        return self.obstacle is None
 
 
 @dataclass(frozen=True, slots=True)

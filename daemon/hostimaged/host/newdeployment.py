@@ -5,7 +5,6 @@ Used by staging and by the first deployment. Nothing is written but by ``write_k
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from hostimaged.boot import bls
@@ -14,14 +13,13 @@ from hostimaged.boot.grubcfg import MenuEntry
 from hostimaged.boot.loader import uki_key
 from hostimaged.boot.resources import Kernel
 from hostimaged.host import etcseed, space, statedirs
-from hostimaged.host.artifacts import read_pieces
+from hostimaged.host.artifacts import boot_digest, read_pieces
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootwrite import kernel_entry, uki_entry
 from hostimaged.host.etctree import read_image, subdirectory
 from hostimaged.host.menu import MenuItem
 from hostimaged.host.model import BootType
 from hostimaged.host.setuproot import SetupRoot
-from hostimaged.ids import BootDigest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from hostimaged.host.model import HostState
     from hostimaged.host.origin import Origin
     from hostimaged.host.session import Session
+    from hostimaged.ids import BootDigest
 
 
 class NewDeployment:
@@ -67,11 +66,7 @@ class NewDeployment:
         resources = self._boot.resources
         if not isinstance(resources, Kernel):
             return self._boot.uki.boot_digest
-        total = hashlib.sha256()
-        for leaf in (resources.vmlinuz, resources.initrd):
-            for piece in self._pieces(leaf):
-                total.update(piece)
-        return BootDigest(total.hexdigest())
+        return boot_digest(self._pieces(resources.vmlinuz), self._pieces(resources.initrd))
 
     def _pieces(self, leaf: Leaf) -> Iterator[bytes]:
         return read_pieces(lambda: open_content(leaf, self._repository))
@@ -93,18 +88,21 @@ class NewDeployment:
                 return row.live.artifact
         return None
 
-    def require_space(self) -> None:
-        """Raise ``NoSpace`` unless there is room on both file systems for what is really missing."""
+    def require_space(self, *, freed: int = 0) -> None:
+        """Raise ``NoSpace`` unless there is room on both file systems for what is really missing.
+
+        ``freed``: bytes on the boot file system that are made free before.
+        """
         etc = subdirectory(self.tree, b"etc")
         seed = etcseed.seed_bytes(etc, self.setup.etc)
         space.require(self._session.paths.physical_root, seed, "the new /etc")
         resources = self._boot.resources
         if not isinstance(resources, Kernel):
             target = self._session.ukis(self._state).directory
-            space.require(target, content_size(resources.leaf), "the unified kernel image")
+            space.require(target, content_size(resources.leaf) - freed, "the unified kernel image")
         elif self._shared is None:
             size = content_size(resources.vmlinuz) + content_size(resources.initrd)
-            space.require(self._session.kernels(self._state).directory, size, "the kernel")
+            space.require(self._session.kernels(self._state).directory, size - freed, "the kernel")
 
     def menu_item(self, options: Cmdline, *, is_menu: bool) -> MenuItem:
         """What the boot loader is told; ``options`` name this deployment, and do not count for a UKI."""

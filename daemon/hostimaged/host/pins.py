@@ -38,6 +38,7 @@ def set_pinned(session: Session, id_: DeploymentId, *, pinned: bool) -> dict[str
         images.tag(repository, pin_tag(digest), digest)
     else:
         repository.remove_stream_ref(f"{images.TAGS}/{images.encode_tag(pin_tag(digest))}")
+    session = session.steady()
     session.reporter.at("pin.tagged")
     repository.sync()
     session.reporter.at("pin.done")

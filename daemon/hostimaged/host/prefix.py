@@ -60,6 +60,7 @@ def migrate(session: Session, state: HostState) -> bool:
     journal.write(session.paths.transaction, transaction)
     session.reporter.at("prefix.journal")
     session.store(state).replace_live(files)
+    session = session.steady()
     session.reporter.at("prefix.entries")
     cleanup.sweep_artifacts(session, session.state())
     journal.remove(session.paths.transaction)
@@ -95,8 +96,11 @@ def _copy(session: Session, state: HostState, sources: dict[str, Path]) -> None:
             kernels.write(id_, read_file(path / KERNEL), read_file(path / INITRD))
         else:
             ukis = session.ukis(state)
-            space.require(ukis.directory, path.stat().st_size, "the unified kernel image under its new name")
-            ukis.write(id_, read_file(path))
+            extra = path.with_name(f"{path.stem}{bls.ADDONS_SUFFIX}")
+            addons = sorted(extra.iterdir()) if extra.is_dir() else []
+            size = sum(each.stat().st_size for each in (path, *addons))
+            space.require(ukis.directory, size, "the unified kernel image under its new name")
+            ukis.write(id_, read_file(path), [(each.name, read_file(each)) for each in addons])
 
 
 def _prefixed(state: HostState, item: MenuItem, sources: dict[str, Path]) -> MenuItem:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostimaged.errors import BootLoaderError
+from hostimaged.errors import BootLoaderError, CorruptRepository
 from hostimaged.host import cleanup, etcmerge, journal, statedirs
 from hostimaged.host.adopt import adopt
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation
 from hostimaged.host.marker import Marker
-from hostimaged.host.model import Role
+from hostimaged.host.model import ProblemId, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,11 +51,10 @@ def recover(session: Session, state: HostState) -> list[DeploymentId]:
 
     Removes temporary names, kernels that nothing starts, and a staged set without a marker: after a power cut
     nothing is staged any more.
-    Raises ``BootLoaderError`` if the boot entries cannot be read, when nothing is known and nothing done, and
-    ``JournalError`` for a journal that is damaged.
+    Raises ``BootLoaderError`` or ``CorruptRepository`` where it is not known what must stay, and nothing is
+    done then; ``JournalError`` for a journal that is damaged.
     """
-    if state.sets.unreadable:
-        raise BootLoaderError(f"the boot entries cannot be read: {state.sets.unreadable}")
+    _require_known(state)
     transaction = journal.read(session.paths.transaction)
     cleanup.remove_temporary(session, state)
     removed: list[DeploymentId] = []
@@ -73,6 +72,17 @@ def recover(session: Session, state: HostState) -> list[DeploymentId]:
     cleanup.sweep_artifacts(session, state)
     session.reporter.at("recover.done")
     return removed
+
+
+def _require_known(state: HostState) -> None:
+    """What could not be read must not pass for what is not there."""
+    if state.sets.unreadable:
+        raise BootLoaderError(f"the boot entries cannot be read: {state.sets.unreadable}")
+    for problem in state.problems:
+        if problem.id in (ProblemId.BOOTED_UNKNOWN, ProblemId.MARKER_DAMAGED):
+            raise BootLoaderError(f"it is not known what runs, or what is staged: {problem.text}")
+        if problem.id is ProblemId.REPOSITORY:
+            raise CorruptRepository(f"it is not known what is pinned: {problem.text}")
 
 
 def _finish(session: Session, state: HostState, transaction: Transaction) -> list[DeploymentId]:

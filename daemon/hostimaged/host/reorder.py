@@ -84,8 +84,8 @@ def make_default(session: Session, id_: DeploymentId) -> dict[str, Any]:
         raise PreconditionFailed(f"deployment {id_} has no boot entry")
     if row.default and state.staged_deployment is None:
         return {"result": "already-default", "deployment": str(id_)}
-    if not row.bootable:
-        raise PreconditionFailed(f"deployment {id_} would not start: {row.problems[0].text}")
+    if row.obstacle is not None:
+        raise PreconditionFailed(f"deployment {id_} would not start: {row.obstacle.text}")
     activate(session, state, live_menu(state).first(id_), target=id_, drop_staged=True)
     return {"result": "default", "deployment": str(id_)}
 
@@ -112,6 +112,11 @@ def delete(session: Session, id_: DeploymentId) -> dict[str, Any]:
     rest = menu.without(id_)
     if not rest.items:
         raise PreconditionFailed(f"deployment {id_} is the only one that can be booted")
+    if row.role is not Role.STAGED and (staged := staged_menu(state)).item(id_) is not None:
+        # Or the shutdown would bring it back.
+        files = staged.without(id_).render(state.dirs.loader, is_menu=state.sets.is_menu)
+        session.store(state).write_staged(files)
+        session.reporter.at("delete.staged")
     activate(session, state, rest, target=id_, discard=[id_], drop_staged=row.role is Role.STAGED)
     return {"result": "deleted", "deployment": str(id_)}
 
@@ -143,7 +148,7 @@ def set_kernel_arguments(session: Session, add: Iterable[str], remove: Iterable[
     if staged is not None and staged.staged is not None:
         files = changed.render(state.dirs.loader, is_menu=state.sets.is_menu)
         session.store(state).write_staged(files)
-        session.reporter.at("activate.entries")
+        session.steady().reporter.at("activate.entries")
     else:
         activate(session, state, changed, target=row.id)
     return {"result": "changed", **result}
@@ -190,6 +195,7 @@ def activate(
     if drop_staged:
         cleanup.unstage(session, state)
     session.store(state).replace_live(files)
+    session = session.steady()
     session.reporter.at("activate.entries")
     cleanup.discard(session, discard)
     journal.remove(path)

@@ -8,12 +8,12 @@ is asked for, so everything is read again then (architecture.md, rule 7).
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.composefs.repository import Repository
-from hostimaged.errors import BootLoaderError, HostimageError
+from hostimaged.errors import BootLoaderError, Cancelled, HostimageError
 from hostimaged.host import marker
 from hostimaged.host.artifacts import KernelFiles, UkiFiles
 from hostimaged.host.bootdirs import mount_table
@@ -120,6 +120,10 @@ class Session:
         with told("cannot remove the mark of the staged deployment"):
             (directory / marker.NAME).unlink(missing_ok=True)
 
+    def steady(self) -> Session:
+        """The same session, in which nobody can be told to stop: after a commit point, and to take back."""
+        return replace(self, reporter=_Steady(self.reporter))
+
     @property
     def boot_id(self) -> str:
         """The kernel's id of this boot, "" where there is none."""
@@ -135,6 +139,21 @@ class Session:
     def now() -> int:
         """Seconds since the epoch."""
         return max(int(time.time()), 0)
+
+
+class _Steady:
+    """A reporter whose work goes on, whoever wants it to stop."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reporter, name)
+
+    def at(self, point: str) -> None:
+        """See ``Reporter``."""
+        with suppress(Cancelled):
+            self._reporter.at(point)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ _SLACK: Final = 256 << 10
 def require(path: Path, needed: int, what: str) -> None:
     """Raise ``NoSpace`` unless ``needed`` more bytes fit on the file system of ``path``.
 
-    ``path`` may not exist yet; ``what`` says in the message what they are for. 0 bytes always fit.
+    ``path`` may not exist yet; ``what`` says in the message what they are for. 0 bytes or less always fit.
     """
-    if not needed:
+    if needed <= 0:
         return
     probe = path
     while not probe.exists() and probe != probe.parent:

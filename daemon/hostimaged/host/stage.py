@@ -123,7 +123,7 @@ def unlock(session: Session) -> dict[str, Any]:
         raise NothingStaged("no deployment is staged")
     if row.locked:
         session.write_marker(Marker(row.id, finalization_locked=False))
-        session.reporter.at("stage.marker")
+        session.steady().reporter.at("stage.marker")
     return {"result": str(Result.STAGED if row.locked else Result.ALREADY_STAGED), "deployment": str(row.id)}
 
 
@@ -180,7 +180,7 @@ class _Stage:
         base_tree = read_image(self._session.repository, base.id)
         etc = self._check_etc(new, base_tree)
         files = self._staged_files(new, base, base_tree)
-        new.require_space()
+        new.require_space(freed=cleanup.staged_only_bytes(self._session, self._state))
         self._at("stage.planned")
         path = self._session.paths.transaction
         try:
@@ -190,10 +190,10 @@ class _Stage:
         except (HostimageError, OSError):
             # Told to stop, or failed: taken back now, not when the next job comes.
             with contextlib.suppress(HostimageError, OSError):
-                recover(self._session, self._session.state())
+                recover(self._session.steady(), self._session.state())
             raise
         journal.remove(path)
-        self._at("stage.done")
+        self._session.steady().reporter.at("stage.done")
         self._verify(files)
         return self._result(Result.STAGED, etc)
 
@@ -208,7 +208,7 @@ class _Stage:
         session.store(self._state, new.boot_type).write_staged(files)
         self._at("stage.entries")
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
-        self._at("stage.marker")
+        session.steady().reporter.at("stage.marker")
 
     def _known(self) -> dict[str, Any] | None:
         """The result if this deployment is there already."""

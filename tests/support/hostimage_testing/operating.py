@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import RecordedHost
+from hostimaged.errors import Cancelled
 from hostimaged.host.session import Session, open_session
 from hostimaged.progress import Reporter, Silent
 from hostimaged.system.paths import HostPaths
@@ -22,7 +23,7 @@ def session(host: RecordedHost, reporter: Reporter | None = None) -> Iterator[Se
 class At(Silent):
     """Raises ``error`` at the step ``number``, counted from 0; remembers the steps.
 
-    ``Crash`` is a process that is gone: it cleans nothing up.
+    ``Crash`` is a process that is gone: it cleans nothing up. Who is told to stop is told at every step.
     """
 
     def __init__(self, number: int, error: type[BaseException] = Crash) -> None:
@@ -33,5 +34,6 @@ class At(Silent):
     def at(self, point: str) -> None:
         """See ``Reporter``."""
         self.points.append(point)
-        if len(self.points) - 1 == self._number:
+        reached = len(self.points) - 1
+        if reached == self._number or (self._error is Cancelled and 0 <= self._number < reached):
             raise self._error
