@@ -6,7 +6,7 @@ Files are read as bootc reads them, which is looser than GRUB, and written byte 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Self
 
 from hostimaged.boot import bls
@@ -45,7 +45,7 @@ class MenuEntry:
     """One ``menuentry``. ``title`` is the text between the quotes, with its escapes.
 
     ``extra`` has the commands that nothing here knows, each as its first word and the rest. bootc drops
-    ``set`` commands on reading, and so do we.
+    ``set`` commands on reading, and so do we; an entry of another system stays as it stands, ``verbatim``.
     """
 
     title: str
@@ -53,6 +53,7 @@ class MenuEntry:
     insmod: tuple[str, ...] = ()
     search: str = ""
     extra: tuple[tuple[str, str], ...] = ()
+    verbatim: str = field(default="", compare=False)
 
     @classmethod
     def new(cls, label: str, deployment: DeploymentId) -> Self:
@@ -90,6 +91,8 @@ class MenuEntry:
 
     def serialise(self) -> str:
         """The lines of the entry; raises ``BootLoaderError`` for what would be read as something else."""
+        if self.verbatim:
+            return self.verbatim + "\n"
         if not re.fullmatch(r'(?:[^\\"\n]|\\[^\n])+', self.title):
             raise BootLoaderError(f"menu entry cannot have the title {self.title!r}")
         commands = [("insmod", module) for module in self.insmod]
@@ -137,7 +140,10 @@ def parse_user_cfg(data: bytes, name: str = "user.cfg") -> list[MenuEntry]:
                 f"{name}: menu entry {len(found) + 1} is not of the form: menuentry TITLE {{"
             )
         end = _body_end(text, title.end(), name)
-        found.append(_entry(title[1], text[title.end() : end]))
+        entry = _entry(title[1], text[title.end() : end])
+        if entry.deployment_id() is None:
+            entry = replace(entry, verbatim=text[at : end + 1])
+        found.append(entry)
         if len(found) > MAX_ENTRIES:
             raise BootLoaderError(f"{name}: more than {MAX_ENTRIES} menu entries")
         at = text.find(_WORD, end)
