@@ -20,7 +20,7 @@ from hostimaged.boot.selinux import Policy
 from hostimaged.errors import HostimageError, InvalidArgs, PreconditionFailed
 from hostimaged.host import bootfs, bootimage, journal, statedirs
 from hostimaged.host.bootfs import told
-from hostimaged.host.bootsets import digest
+from hostimaged.host.bootsets import GrubSets, digest
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.menu import live_menu
 from hostimaged.host.model import BootType
@@ -34,6 +34,7 @@ from hostimaged.system import durable
 
 if TYPE_CHECKING:
     from hostimaged.host.bootimage import BootImage
+    from hostimaged.host.bootsets import BootSetStore
     from hostimaged.host.imgref import OriginReference
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
@@ -93,10 +94,15 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
         raise PreconditionFailed("there is a deployment already: stage the image instead")
     new = NewDeployment(session, state, boot, share=False)
     new.require_space()
-    item = new.menu_item(_options(session, boot, new, arguments), is_menu=_is_menu(state, new))
+    is_menu = new.boot_type is BootType.UKI and state.dirs.grub_dir is not None
+    if state.sets.is_menu and not is_menu:
+        raise PreconditionFailed(
+            f"{state.dirs.grub_dir}/{GrubSets.LIVE} hides the entry that the image needs: remove it"
+        )
+    item = new.menu_item(_options(session, boot, new, arguments), is_menu=is_menu)
     # Entries of other systems stay.
     menu = live_menu(state).having([item])
-    files = menu.render(state.dirs.loader, is_menu=_is_menu(state, new))
+    files = menu.render(state.dirs.loader, is_menu=is_menu)
     path = session.paths.transaction
     transaction = Transaction(
         Operation.DEPLOY,
@@ -112,16 +118,14 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
         session.reporter.at("deploy.journal")
         new.write_kernel(request.addons)
         session.reporter.at("deploy.kernel")
-        kind = new.boot_type
-        origin = Origin.new(request.reference, kind, new.boot_digest, request.manifest_digest)
+        origin = Origin.new(request.reference, new.boot_type, new.boot_digest, request.manifest_digest)
         new.write_state(origin, seed_var=True)
         _label(session, new)
         _link_storage(session)
         # The entry is on another file system, and must not be there before what it needs.
         session.repository.sync()
         session.reporter.at("deploy.state")
-        _prepare_loader(state, new, request)
-        session.store(state, kind).replace_live(files)
+        _prepared_store(session, state, request, is_menu=is_menu).replace_live(files)
         session.steady().reporter.at("deploy.entries")
     except (HostimageError, OSError):
         with contextlib.suppress(HostimageError, OSError):
@@ -165,24 +169,24 @@ def _options(
     )
 
 
-def _is_menu(state: HostState, new: NewDeployment) -> bool:
-    return new.boot_type is BootType.UKI and state.dirs.grub_dir is not None
+def _prepared_store(
+    session: Session, state: HostState, request: DeployRequest, *, is_menu: bool
+) -> BootSetStore:
+    """Where the entry goes, with what is taken for granted there: for GRUB with UKIs the UUID of the ESP.
 
-
-def _prepare_loader(state: HostState, new: NewDeployment, request: DeployRequest) -> None:
-    """Directories that the writers take for granted, and for GRUB with UKIs the UUID of the ESP."""
+    Entries of other systems do not decide it: what the image boots by does.
+    """
     loader, grub = state.dirs.loader_dir, state.dirs.grub_dir
-    if not _is_menu(state, new):
+    if not is_menu or grub is None:
         if loader is not None:
             with told(f"cannot make {loader}"):
                 bootfs.make_directory(loader)
-        return
-    if grub is None:
-        return
+        return session.store(state)
     with told(f"cannot write {grub / 'efiuuid.cfg'}"):
         bootfs.make_directory(grub)
         if request.esp_uuid:
             durable.replace_file(grub / "efiuuid.cfg", grubcfg.serialise_efiuuid(request.esp_uuid))
+    return GrubSets(grub)
 
 
 def _link_storage(session: Session) -> None:

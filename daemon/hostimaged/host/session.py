@@ -19,9 +19,7 @@ from hostimaged.host.artifacts import KernelFiles, UkiFiles
 from hostimaged.host.bootdirs import mount_table
 from hostimaged.host.booted import read_booted
 from hostimaged.host.bootfs import told
-from hostimaged.host.bootsets import BlsSets, GrubSets
 from hostimaged.host.entries import set_store
-from hostimaged.host.model import BootType
 from hostimaged.host.read import read_host
 from hostimaged.system import durable
 from hostimaged.system.workdir import private_directory
@@ -75,17 +73,8 @@ class Session:
         )
         return self.state()
 
-    def store(self, state: HostState, boot_type: BootType | None = None) -> BootSetStore:
-        """Where the sets of entries are; ``boot_type`` decides where there are none yet.
-
-        Raises ``BootLoaderError`` if nobody mounted the file system they are on.
-        """
-        grub = state.dirs.grub_dir
-        empty = state.sets.live is None and state.sets.staged is None
-        if empty and boot_type is BootType.UKI and grub is not None:
-            return GrubSets(grub)
-        if empty and boot_type is BootType.BLS and state.dirs.loader_dir is not None:
-            return BlsSets(state.dirs.loader_dir)
+    def store(self, state: HostState) -> BootSetStore:
+        """Where the sets of entries are. Raises ``BootLoaderError`` if nobody mounted their file system."""
         found = set_store(state.dirs)
         if found is None:
             raise BootLoaderError("the file system with the boot entries is not mounted")

@@ -205,7 +205,7 @@ class _Stage:
         self._at("stage.kernel")
         new.write_state(self._origin(new.boot_digest))
         self._at("stage.state")
-        session.store(self._state, new.boot_type).write_staged(files)
+        session.store(self._state).write_staged(files)
         self._at("stage.entries")
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
         session.steady().reporter.at("stage.marker")
