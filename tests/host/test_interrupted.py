@@ -106,6 +106,10 @@ def _failure(operation: Operation, opened: Session, stood: Stood) -> HostimageEr
     return None
 
 
+def _menu(host: RecordedHost) -> list[tuple[str, str, bool]]:
+    return [(str(row.id), str(row.role), row.pinned) for row in _status(host).visible]
+
+
 def _status(host: RecordedHost) -> Any:
     with session(host) as opened:
         return opened.state()
@@ -121,15 +125,19 @@ def test_interrupted_at_every_step(
         number = 0
         while True:
             stood = stand(tmp_path, cfsctl, kind, f"{ending.__name__}{number}")
+            before = _menu(stood.life.host)
             try:
                 with session(stood.life.host, At(number, ending)) as opened:
                     operation(opened, stood)
             except ending:
+                # Who is told to stop stops in time, or not at all.
+                assert ending is Crash or _menu(stood.life.host) == before
                 check(stood, cfsctl, operation, lost=number % 2 == 0)
                 number += 1
                 continue
             break
-        assert number > 2
+        assert _menu(stood.life.host) != before
+        assert number > (2 if ending is Crash else 0)
 
 
 #: Writes between two that fail, for each error: all in a long run would take an hour.
