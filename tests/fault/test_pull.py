@@ -14,6 +14,7 @@ from hostimage_testing import tars
 from hostimage_testing.host import scratch_host
 from hostimage_testing.judge import Judge
 from hostimage_testing.layout import Layout
+from hostimage_testing.processes import python_environment
 from hostimaged.composefs.erofs.format import Format
 from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.repository import FormatSet, Repository, Verity
@@ -84,10 +85,11 @@ def host(tmp_path: Path) -> HostPaths:
 
 def killed(host: HostPaths, reference: str, point: str, count: int = 1) -> bool:
     """Run a pull that dies at ``point``; False if it went through without coming there so often."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert host.scratch_root is not None
     argv = [sys.executable, "-c", VICTIM, str(host.scratch_root), reference, point, str(count)]
-    done = subprocess.run(argv, env=environment, check=False, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(
+        argv, env=python_environment(), check=False, timeout=60, capture_output=True, text=True
+    )
     assert done.returncode in (-signal.SIGKILL, 7), done.stderr
     return done.returncode == -signal.SIGKILL
 

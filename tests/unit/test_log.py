@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
+from hostimage_testing.processes import python_environment
 from hostimaged import log
 
 
@@ -71,5 +72,4 @@ def test_levels(level: str, shown: int) -> None:
 def test_what_only_terminals_need_is_not_imported() -> None:
     """structlog takes rich along where it is installed; whoever wants it later still gets it."""
     program = "import sys, hostimaged.log\nassert 'rich' not in sys.modules\nimport rich"
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True)
+    subprocess.run([sys.executable, "-c", program], env=python_environment(), check=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hostimage_dbus.transport import Connection, MethodCall, Variant
+from hostimage_testing.processes import python_environment
 
 NAME = "org.freedesktop.PolicyKit1"
 PATH = "/org/freedesktop/PolicyKit1/Authority"
@@ -187,7 +187,7 @@ def polkit_program(address: str, answer: Answer, record: Path) -> Iterator[Calla
 
     with subprocess.Popen(
         [sys.executable, "-m", "hostimage_testing.polkit_double", address, answer, record],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=python_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     ) as process:

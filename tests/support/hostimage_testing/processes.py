@@ -1,10 +1,16 @@
-"""What /proc says about other processes."""
+"""What other processes are given, and what /proc says about them."""
 
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+
+def python_environment() -> dict[str, str]:
+    """The environment of a Python that finds what this one finds, the helpers of the tests included."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
 @dataclass(frozen=True)

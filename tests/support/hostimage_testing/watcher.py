@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hostimage_testing.processes import python_environment
 from hostimaged.composefs.erofs import Image
 from hostimaged.composefs.erofs.format import MAX_IMAGE
 from hostimaged.composefs.repository import Repository, RepositoryMissing
@@ -44,7 +45,7 @@ def watching(repository: Path) -> Iterator[Report]:
     report = Report()
     with subprocess.Popen(
         [sys.executable, __file__, str(repository)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=python_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     ) as process:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.processes import python_environment
 from hostimaged.composefs.__main__ import main
 from hostimaged.composefs.dumpfile import parse
 from hostimaged.composefs.erofs import Format, build
@@ -83,8 +84,9 @@ def test_mkfs_makes_v1_with_sha256_by_default(
 
 def tool(*argv: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "hostimaged.composefs", *map(str, argv)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    return subprocess.run(command, input=data, capture_output=True, timeout=60, check=False, env=env)
+    return subprocess.run(
+        command, input=data, capture_output=True, timeout=60, check=False, env=python_environment()
+    )
 
 
 def test_standard_input_and_output() -> None:
@@ -98,14 +100,18 @@ def test_reader_that_leaves_early() -> None:
     lines = [b"/ 0 40755 2 0 0 0 0.0 - - -\n"]
     lines += [b"/%05d 0 100644 1 0 0 0 0.0 - - -\n" % i for i in range(10_000)]
     image = build(parse(lines, SHA256), Format.V2, SHA256)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     read_end, write_end = os.pipe()
     os.close(read_end)
     with os.fdopen(write_end, "wb") as closed:
         done = subprocess.run(
             [sys.executable, "-m", "hostimaged.composefs", "dump", "-"],
-            input=image, stdout=closed, stderr=subprocess.PIPE, timeout=60, check=False, env=env,
-        )  # fmt: skip
+            input=image,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+            env=python_environment(),
+        )
     assert (done.returncode, done.stderr) == (1, b"")
 
 

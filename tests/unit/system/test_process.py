@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.processes import python_environment
 from hostimaged.errors import ProgramMissing
 from hostimaged.system.process import cleaned_environment, find_program, spawn, stop, widen_pipe
 
@@ -36,8 +37,9 @@ def alive(pid: int) -> bool:
 
 
 def test_child_dies_with_its_parent() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=environment) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=python_environment()
+    ) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert alive(child)

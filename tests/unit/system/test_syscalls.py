@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.processes import python_environment
 from hostimaged.system import syscalls
 from hostimaged.system.syscalls import Capability
 
@@ -218,13 +219,8 @@ def test_freed_memory_is_kept() -> None:
         "use()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
-    path = os.pathsep.join(entry for entry in sys.path if entry)
     faults = [
-        int(
-            subprocess.check_output(
-                [sys.executable, "-c", program, how], env=os.environ | {"PYTHONPATH": path}
-            )
-        )
+        int(subprocess.check_output([sys.executable, "-c", program, how], env=python_environment()))
         for how in ("keep", "default")
     ]
     assert faults[0] < 1000
