@@ -35,7 +35,6 @@ MAX_WORK: Final = 100_000_000
 #: Nodes in the states kept, together; beyond it all are forgotten and built anew as needed. Bounds memory.
 MAX_KEPT: Final = 2_000_000
 
-_NONE: Final = bytes(256)
 _WORD: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 
 

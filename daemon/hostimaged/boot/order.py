@@ -104,9 +104,3 @@ def choose_names(systems: Sequence[tuple[str, str]]) -> list[str]:
         stem = bls.file_name(*systems[0], 0).removesuffix(f"0{bls.ENTRY_SUFFIX}")
         names = [f"{stem}{count - 1 - at:0{width}d}{bls.ENTRY_SUFFIX}" for at in range(count)]
     return names
-
-
-def choose_sort_keys(systems: Sequence[tuple[str, str]]) -> list[str]:
-    """Sort keys for the same entries: with the id of the first for all, so that only positions decide."""
-    width = len(str(len(systems) - 1))
-    return [f"bootc-{systems[0][0]}-{position:0{width}d}" for position in range(len(systems))]

@@ -174,7 +174,6 @@ class Deployment:
     pinned: bool = False
     locked: bool = False
     default: bool = False
-    has_state: bool = True
     verity: Verity = Verity.UNVERIFIED
     soft_reboot: SoftReboot = NOT_ASKED
     problems: tuple[Problem, ...] = ()

@@ -88,7 +88,6 @@ def read_row(facts: RowFacts, id_: DeploymentId) -> Deployment:
         image=state.image,
         boot_type=_boot_type(origin, (*live, *staged)),
         pinned=digest is not None and digest in facts.pins,
-        has_state=state.exists,
         verity=verity,
         problems=tuple(dict.fromkeys(problems)),
     )

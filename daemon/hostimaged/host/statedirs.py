@@ -93,14 +93,3 @@ def remove(paths: HostPaths, work: Path, id_: DeploymentId) -> bool:
             durable.sync_directory(source)
         bootfs.remove_tree(work / temporary)
     return True
-
-
-def listed(paths: HostPaths) -> list[str]:
-    """Names of all state directories, of whatever they are; sorted. Raises ``StorageError``."""
-    deploy = deploy_directory(paths)
-    with told(f"cannot read {deploy}"):
-        try:
-            with os.scandir(deploy) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except FileNotFoundError:
-            return []

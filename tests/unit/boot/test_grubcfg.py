@@ -81,6 +81,11 @@ def test_reading_is_as_loose_as_bootc() -> None:
     )
     assert (one.label, one.deployment_id(), one.artifact(), one.has_prefix) == ('One "1"', None, "x", False)
     assert two == MenuEntry("Two", "/b.efi", search="a")
+    # They are of other systems, and are written as they stand.
+    written = serialise_user_cfg([one, two])
+    assert all(line in written for line in (b"comment { with }", b"set timeout=5", b"boot\n", b"{ search a"))
+    assert b"junk" not in written
+    assert parse_user_cfg(written) == [one, two]
 
 
 def test_older_images_have_no_prefix() -> None:
