@@ -148,9 +148,14 @@ def alone(root: Path, material: Material) -> None:
 def main() -> None:
     """Both tables."""
     root, reference = Path(sys.argv[1]), ImageReference.parse(sys.argv[2])
-    print(f"{'wall s':>8} {'CPU s':>8}\n{perf_counter() - STARTED:8.3f} {processor():8.3f}  imported")
-    host = scratch_host(root)
     try:
+        # It is removed at the end: it must be ours.
+        root.mkdir()
+    except OSError as error:
+        sys.exit(f"cannot make {root}: {error.strerror}")
+    print(f"{'wall s':>8} {'CPU s':>8}\n{perf_counter() - STARTED:8.3f} {processor():8.3f}  imported")
+    try:
+        host = scratch_host(root)
         pull_image(
             HostPaths.scratch(root),
             reference,

@@ -156,9 +156,13 @@ def test_killed_while_a_configuration_is_shared(
         _rewrite(repository, first, refs)
         assert repository.has_stream(images.config_stream(first.config_digest)) != v2
     assert killed(host, f"oci:{layout.path}:again", point)
+    judge("gc")
     judge.check()
+    with Repository.open(host.repository, lock_timeout=0) as repository:
+        os.close(repository.open_image(first.image_ids[Format.V1].hex()))
     pull(host, f"oci:{layout.path}:other")
     with Repository.open(host.repository, lock_timeout=0) as repository:
+        assert repository.stream_refs("hostimaged") == {}
         current = repository.has_stream(images.config_stream(first.config_digest))
         refs = images.open_image(repository, first.manifest_digest).manifest_refs
         assert refs[images.config_ref(first.config_digest)] == current

@@ -15,8 +15,8 @@ from hostimaged.host.imginfo import ImgInfo
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.marker import Marker
 from hostimaged.host.setuproot import SetupRoot, SetupRootError
-from hostimaged.host.times import microseconds, utc_text
 from hostimaged.ids import BootDigest, ManifestDigest
+from hostimaged.oci.times import microseconds, utc_text
 
 
 def origin(data: bytes) -> None:

@@ -27,12 +27,13 @@ from hostimaged.composefs.erofs import Image, build
 from hostimaged.composefs.erofs.format import Format
 from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.repository import FormatSet, Repository, Verity
+from hostimaged.composefs.splitstream import ContentType
 from hostimaged.composefs.tree import lookup, walk
 from hostimaged.errors import CorruptRepository, ImageNotFound, UnsupportedImage
 from hostimaged.host.bootimage import FAULT_POINTS, BootImage, find_matching, generate, remove
 from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
 from hostimaged.oci import images
-from hostimaged.oci.boot_refs import boot_ref, boot_refs
+from hostimaged.oci.boot_refs import boot_ref, boot_refs, settle
 from hostimaged.oci.commit import Commit, Contents
 from hostimaged.oci.filesystem import XattrMode
 from hostimaged.progress import Silent
@@ -462,6 +463,50 @@ def test_interrupted(place: MakePlace, point: str) -> None:
     there.judge.check(images=1)
     with there.open() as repository:
         assert [*repository.stream_refs()] == [f"oci/{NAME}"]
+
+
+def test_an_interrupted_one_is_settled(place: MakePlace) -> None:
+    """Without making it again: the manifests refer to the new configuration, before its reference goes."""
+    there = place(MINIMAL, IN_BOOT)
+    layout = Layout(Path(there.source.split(":")[1]))
+    stored = [layout.layer(MINIMAL, "none"), layout.layer(IN_BOOT, "none")]
+    other = layout.image("v2", stored, manifest_extra={"annotations": {"a": "b"}})
+    there.judge("oci", "pull", there.source.replace(":v1", ":v2"), "other")
+    with there.open() as repository, pytest.raises(Stop):
+        generate(repository, there.digest, StopAt("config.stored"))
+    with there.open() as repository:
+        settle(repository, there.digest, Silent())
+        assert sorted(repository.stream_refs()) == [f"oci/{NAME}", "oci/other"]
+    check_kept(there, there.digest, images_there=2)
+    there.judge("oci", "untag", NAME)
+    check_kept(there, ManifestDigest(other["digest"]), images_there=1)
+
+
+def check_kept(place: Place, digest: ManifestDigest, *, images_there: int) -> None:
+    """The collector leaves all images of one, boot images in both formats among them."""
+    place.judge("gc")
+    place.judge.check(images=images_there)
+    with place.open() as repository:
+        image = images.open_image(repository, digest)
+        boot = boot_refs(image.config_refs)
+        assert set(boot) == {boot_ref(each, XattrMode.ALLOWLIST_ONLY) for each in BOTH.in_order()}
+        for id_ in (*image.image_ids.values(), *boot.values()):
+            os.close(repository.open_image(id_.hex()))
+
+
+def test_a_configuration_under_another_name_is_written_again(place: MakePlace) -> None:
+    """Its name leads to another stream than the manifest refers to: what is not changed is written, too."""
+    there = place(MINIMAL, IN_BOOT)
+    with there.open() as repository:
+        image = images.open_image(repository, there.digest)
+        name = images.config_stream(image.config_digest)
+        with repository.new_stream(ContentType.CONFIG) as writer:
+            writer.external(repository.store_object(image.stored_config.raw).id, len(image.stored_config.raw))
+            repository.write_stream(name, writer)
+        assert remove(repository, there.digest, Silent())
+        assert repository.has_stream(name) == image.stored_config.stream_id
+    there.judge("gc")
+    there.judge.check(images=1)
 
 
 def test_points(place: MakePlace) -> None:

@@ -169,12 +169,18 @@ def test_killed_at_any_point(cfsctl: str, tmp_path: Path, layout: Layout) -> Non
                 break
         judge = Judge(cfsctl, copy)
         judge.check(images=2)
-        assert all(V2 in images_of(copy, tag) for tag in ("image-one", "image-two"))
+        judge("gc")
+        judge.check(images=2)
+        for tag in ("image-one", "image-two"):
+            with Repository.open(copy) as repository:
+                os.close(repository.open_image(images_of(copy, tag)[V2].hex()))
         with Repository.open(copy) as repository:
             upgrade_images(repository, Silent())
         judge("gc")
         judge.check(images=2)
         assert all(set(images_of(copy, tag)) == {V1, V2} for tag in ("image-one", "image-two"))
+        with Repository.open(copy) as repository:
+            assert repository.stream_refs("hostimaged") == {}
     assert stopped == 8
 
 

@@ -14,9 +14,9 @@ from hostimaged.host.marker import Marker
 from hostimaged.host.model import Deployment, Problem, ProblemId, Role
 from hostimaged.host.origin import BootType, Origin
 from hostimaged.host.read import _in_order, _with_roles
-from hostimaged.host.times import microseconds, utc_text
 from hostimaged.ids import BootDigest, DeploymentId, ManifestDigest
 from hostimaged.oci.reference import Transport
+from hostimaged.oci.times import microseconds, utc_text
 
 HEX = st.sampled_from("0123456789abcdef")
 IDS = [DeploymentId(digit * 128) for digit in "0123456"]

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.host.model import BootType, Deployment, HostState, ImageFacts, Role
-from hostimaged.host.times import utc_text
+from hostimaged.oci.times import utc_text
 
 if TYPE_CHECKING:
     from hostimaged.host.imgref import OriginReference

@@ -23,6 +23,7 @@ from hostimaged.errors import CorruptRepository, ImageNotFound, UnsupportedImage
 from hostimaged.ids import DeploymentId
 from hostimaged.oci import images
 from hostimaged.oci.boot_refs import boot_ref, boot_refs, set_boot_refs, settle
+from hostimaged.oci.commit import stored_contents
 from hostimaged.oci.filesystem import XattrMode, build_tree
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ class _Making:
         self._repository = repository
         self._digest = digest
         self._reporter = reporter
-        settle(repository, digest, reporter)
-        self._image = images.open_image(repository, digest)
+        self._image = settle(repository, digest, reporter)
         self._layers = _layers(self._image)
         self._boot_refs = boot_refs(self._image.config_refs)
 
@@ -261,11 +261,7 @@ class _Making:
 def _layers(image: StoredImage) -> list[ObjectId]:
     if image.config is None:
         raise UnsupportedImage(f"{image.manifest_digest} is an artifact and no image of an operating system")
-    names = [str(diff_id) for diff_id in image.config.diff_ids]
-    missing = next((name for name in names if name not in image.layers), None)
-    if missing is not None:
-        raise CorruptRepository(f"the configuration of {image.manifest_digest} does not refer to {missing}")
-    return [image.layers[name] for name in names]
+    return [id_ for _, id_ in stored_contents(image).layers]
 
 
 def _named_by(uki: Uki) -> ObjectId:

@@ -129,7 +129,7 @@ class ImageFacts:
     @property
     def timestamp(self) -> int:
         """``created`` in microseconds since the epoch, 0 if it is unknown or before that."""
-        from hostimaged.host.times import microseconds
+        from hostimaged.oci.times import microseconds
 
         return microseconds(self.created)
 

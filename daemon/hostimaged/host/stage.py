@@ -30,8 +30,8 @@ from hostimaged.host.prefix import migrate
 from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
 from hostimaged.host.tags import bootc_tag
-from hostimaged.host.times import microseconds
 from hostimaged.oci import images
+from hostimaged.oci.times import microseconds
 from hostimaged.progress import Phase
 
 if TYPE_CHECKING:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.composefs.repository import Repository
-from hostimaged.errors import CorruptRepository, HostimageError, ImageNotFound, VerityMismatch
+from hostimaged.errors import HostimageError
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci.images import image_version, manifest_stream, read_config
 from hostimaged.oci.layers import plan_layers, stored_layer
 from hostimaged.oci.links import changelog_url
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.source import open_source
+from hostimaged.oci.times import microseconds
 from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
     from hostimaged.ids import SourceDigest
+    from hostimaged.oci.layers import LayerPlan
     from hostimaged.oci.models import ImageConfig, Manifest
     from hostimaged.oci.reference import ImageReference
     from hostimaged.oci.source import ImageSource
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 #: Named points of ``Reporter.at``.
 FAULT_POINTS: Final = ("check.started", "check.resolved")
-#: The year 9999 in microseconds.
-_LATEST: Final = 253_402_300_799_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ def check_image(paths: HostPaths, reference: ImageReference, reporter: Reporter)
         digest,
         fetched.source_digest,
         image_version(manifest, config),
-        _timestamp(config),
+        microseconds(config.created) if config is not None and config.created else 0,
         manifest.total_size,
         missing + (0 if config_stored else manifest.config.size),
         downloaded=complete,
@@ -122,7 +121,8 @@ def _config(repository: Repository | None, source: ImageSource, manifest: Manife
     if repository is not None:
         try:
             return read_config(repository, manifest.config_digest).raw, True
-        except (ImageNotFound, CorruptRepository, VerityMismatch):
+        except HostimageError:
+            # Not there, or damaged, or unreadable: a pull needs it then.
             pass
     return source.config(manifest.config), False
 
@@ -130,32 +130,18 @@ def _config(repository: Repository | None, source: ImageSource, manifest: Manife
 def _missing(repository: Repository | None, manifest: Manifest, config: ImageConfig | None) -> int:
     """Bytes of the layers that are not stored, one that is there twice counted once."""
     plans = {plan.id: plan for plan in plan_layers(manifest, config)}
-    return sum(
-        plan.descriptor.size
-        for plan in plans.values()
-        if repository is None or stored_layer(repository, plan) is None
-    )
+    return sum(plan.descriptor.size for plan in plans.values() if not _has_layer(repository, plan))
+
+
+def _has_layer(repository: Repository | None, plan: LayerPlan) -> bool:
+    try:
+        return repository is not None and stored_layer(repository, plan) is not None
+    except HostimageError:
+        return False
 
 
 def _has_manifest(repository: Repository | None, digest: ManifestDigest) -> bool:
     try:
         return repository is not None and repository.has_stream(manifest_stream(digest)) is not None
-    except (CorruptRepository, VerityMismatch):
+    except HostimageError:
         return False
-
-
-def _timestamp(config: ImageConfig | None) -> int:
-    """When the image was made (image-spec 1.1: RFC 3339)."""
-    if config is None or not config.created:
-        return 0
-    try:
-        created = datetime.fromisoformat(config.created)
-    except ValueError:
-        return 0
-    if created.tzinfo is None:
-        created = created.replace(tzinfo=UTC)
-    try:
-        seconds = created.timestamp()
-    except (OverflowError, ValueError):
-        return 0
-    return min(max(int(seconds * 1_000_000), 0), _LATEST)

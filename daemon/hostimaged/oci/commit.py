@@ -6,12 +6,22 @@ interrupted one left. Facts: composefs-rs 0.9, OCI images in a repository.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs.repository import StreamMissing
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.errors import CorruptRepository, ImageNotFound, VerityMismatch
+from hostimaged.errors import (
+    CorruptRepository,
+    ImageNotFound,
+    InvalidArgs,
+    LimitsExceeded,
+    UnsupportedImage,
+    VerityMismatch,
+)
+from hostimaged.ids import ConfigDigest
 from hostimaged.oci import images
 from hostimaged.oci.images import BOOT_REF, IMAGE_REFS, StoredJson
 from hostimaged.oci.models import parse_manifest
@@ -19,8 +29,9 @@ from hostimaged.oci.models import parse_manifest
 if TYPE_CHECKING:
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Repository
-    from hostimaged.ids import ConfigDigest, ManifestDigest, ObjectId
+    from hostimaged.ids import ManifestDigest, ObjectId
     from hostimaged.oci.entries import KeptEntries
+    from hostimaged.oci.images import StoredImage
     from hostimaged.progress import Reporter
 
 #: Named points of ``Reporter.at``, each before or after one effect on the repository.
@@ -32,6 +43,10 @@ FAULT_POINTS: Final = (
     "shared.stored",
     "pull.tagged",
 )
+#: Directory of the references to configurations that are being written anew: see ``Commit.store``.
+_KEPT: Final = "hostimaged"
+#: What is wrong with one image only.
+_DAMAGE: Final = (CorruptRepository, ImageNotFound, LimitsExceeded, UnsupportedImage, VerityMismatch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,29 @@ class Contents:
     raw_config: bytes
     layers: tuple[tuple[str, ObjectId], ...]
     artifact: bool
+
+
+def stored_contents(image: StoredImage) -> Contents:
+    """What a stored container image consists of. Raises ``CorruptRepository`` if a layer is not referred to.
+
+    ``UnsupportedImage`` for an artifact.
+    """
+    if image.config is None:
+        raise UnsupportedImage(f"{image.manifest_digest} is no container image")
+    layers = image.layers
+    names = [str(diff_id) for diff_id in image.config.diff_ids]
+    if missing := [name for name in names if name not in layers]:
+        raise CorruptRepository(
+            f"the configuration of {image.manifest_digest} does not refer to layer {missing[0]}"
+        )
+    return Contents(
+        image.manifest_digest,
+        image.stored_manifest.raw,
+        image.config_digest,
+        image.stored_config.raw,
+        tuple((name, layers[name]) for name in names),
+        artifact=False,
+    )
 
 
 class Commit:
@@ -86,7 +124,12 @@ class Commit:
         self._reporter.at("pull.tagged")
 
     def store(self) -> None:
-        """All steps but the tag, for an image that others keep. The last names are not synced."""
+        """All steps but the tag, for an image that others keep. The last names are not synced.
+
+        Between config stream and manifest stream an image that was there is whole for readers, but not for a
+        collector: that would not find the configuration to which the manifest still refers among the streams,
+        and drop its EROFS images. So there is a reference to the new one meanwhile; see ``mend``.
+        """
         contents = self._contents
         stored = self._stored_config()
         if not contents.artifact:
@@ -95,7 +138,11 @@ class Commit:
         self._reporter.at("config.stored")
         self._write_manifest(config_id)
         self._reporter.at("manifest.stored")
-        self._mend_shared()
+        self._finish()
+
+    def _finish(self) -> None:
+        if finish_rewrites(self._repository, self._contents.config_digest, self._reporter):
+            self.changed = True
 
     def _stored_config(self) -> StoredJson | None:
         try:
@@ -140,8 +187,17 @@ class Commit:
             refs |= {name: id_ for name, id_ in stored.refs.items() if name.startswith(BOOT_REF)}
             if stored.refs == refs:
                 return stored.stream_id
+        return self._store_config(refs)
+
+    def _store_config(self, refs: dict[str, ObjectId]) -> ObjectId:
+        """Write the configuration; one that is there is referred to until ``_finish``."""
+        contents = self._contents
         name = images.config_stream(contents.config_digest)
-        return self._write(name, ContentType.CONFIG, contents.raw_config, refs)
+        with contextlib.suppress(StreamMissing, CorruptRepository):
+            # Nothing refers to one that is not there, and what is damaged keeps nothing.
+            self._repository.name_stream(name, _kept_ref(contents.config_digest))
+        self.changed = True
+        return _write(self._repository, name, ContentType.CONFIG, contents.raw_config, refs)
 
     def _write_manifest(self, config_id: ObjectId) -> None:
         contents = self._contents
@@ -154,46 +210,82 @@ class Commit:
             if stored.refs == refs:
                 return
         name = images.manifest_stream(contents.manifest_digest)
-        self._write(name, ContentType.MANIFEST, contents.raw_manifest, refs)
-
-    def _mend_shared(self) -> None:
-        """Let every tagged manifest refer to its config stream as it is now.
-
-        Manifests that share a configuration share its stream. To one that still referred to what the stream
-        was before, the collector would keep that object, but not know it as a stream any more, and drop the
-        EROFS images it names. All tags are looked at, not only those of this configuration: so a pull also
-        mends what another left that was killed between its two streams.
-        """
-        for digest in sorted(set(images.tags(self._repository).values())):
-            if digest == self._contents.manifest_digest:
-                continue
-            try:
-                self._mend(digest)
-            except (ImageNotFound, CorruptRepository, VerityMismatch):
-                # Damaged before; nothing of ours depends on it.
-                continue
-
-    def _mend(self, digest: ManifestDigest) -> None:
-        stored = images.read_manifest(self._repository, digest)
-        config_digest = parse_manifest(stored.raw).config_digest
-        name = images.config_ref(config_digest)
-        current = self._repository.has_stream(images.config_stream(config_digest))
-        if current is None or stored.refs.get(name) == current:
-            return
-        config = images.read_config(self._repository, config_digest, current)
-        refs = {key: config.refs.get(key, id_) for key, id_ in stored.refs.items()} | {name: current}
-        self._write(images.manifest_stream(digest), ContentType.MANIFEST, stored.raw, refs)
-        self._reporter.at("shared.stored")
-
-    def _write(self, name: str, kind: ContentType, raw: bytes, refs: dict[str, ObjectId]) -> ObjectId:
-        """Store ``raw`` as an object and the stream ``name`` of nothing else, with named references."""
         self.changed = True
-        stored = self._repository.store_object(raw)
-        with self._repository.new_stream(kind) as writer:
-            writer.external(stored.id, len(raw))
-            for key, id_ in refs.items():
-                writer.named_ref(key, id_)
-            return self._repository.write_stream(name, writer)
+        _write(self._repository, name, ContentType.MANIFEST, contents.raw_manifest, refs)
+
+
+def mend(repository: Repository, digest: ManifestDigest, reporter: Reporter) -> bool:
+    """Let a stored manifest refer to its config stream as it is now; says whether it did not.
+
+    To a manifest that referred to what the stream was before, the collector would keep that object, but not
+    know it as a stream any more, and drop the EROFS images it names. Raises as ``images.read_manifest`` and
+    ``read_config``.
+    """
+    stored = images.read_manifest(repository, digest)
+    config_digest = parse_manifest(stored.raw).config_digest
+    name = images.config_ref(config_digest)
+    current = repository.has_stream(images.config_stream(config_digest))
+    if current is None or stored.refs.get(name) == current:
+        return False
+    config = images.read_config(repository, config_digest, current)
+    refs = {key: config.refs.get(key, id_) for key, id_ in stored.refs.items()} | {name: current}
+    _write(repository, images.manifest_stream(digest), ContentType.MANIFEST, stored.raw, refs)
+    reporter.at("shared.stored")
+    return True
+
+
+def finish_rewrites(repository: Repository, own: ConfigDigest, reporter: Reporter) -> bool:
+    """Mend every tagged manifest, and end what keeps configurations meanwhile; says if anything was mended.
+
+    Manifests that share a configuration share its stream. All tags are looked at, not only those of the
+    caller's ``own``: so this also finishes what another left that was killed between its two streams.
+    """
+    kept = _rewritten(repository)
+    mended, whole = False, True
+    for digest in sorted(set(images.tags(repository).values())):
+        try:
+            mended |= mend(repository, digest, reporter)
+        except _DAMAGE:
+            # Damaged before; nothing of ours depends on it. Of what others left, nobody can tell.
+            whole = False
+    settled = [config for config in kept if whole or config == own]
+    if settled:
+        repository.sync()
+    for config in settled:
+        repository.remove_stream_ref(_kept_ref(config))
+    return mended
+
+
+def is_rewritten(repository: Repository, digest: ConfigDigest) -> bool:
+    """Whether the configuration is being written anew, or was when that was interrupted."""
+    return digest in _rewritten(repository)
+
+
+def _kept_ref(digest: ConfigDigest) -> str:
+    """Reference to a configuration that is being written anew."""
+    return f"{_KEPT}/{digest}"
+
+
+def _rewritten(repository: Repository) -> list[ConfigDigest]:
+    found = []
+    for name, stream in repository.stream_refs(_KEPT).items():
+        with contextlib.suppress(InvalidArgs):
+            digest = ConfigDigest(name)
+            if stream == images.config_stream(digest):
+                found.append(digest)
+    return found
+
+
+def _write(
+    repository: Repository, name: str, kind: ContentType, raw: bytes, refs: dict[str, ObjectId]
+) -> ObjectId:
+    """Store ``raw`` as an object and the stream ``name`` of nothing else, with named references."""
+    stored = repository.store_object(raw)
+    with repository.new_stream(kind) as writer:
+        writer.external(stored.id, len(raw))
+        for key, id_ in refs.items():
+            writer.named_ref(key, id_)
+        return repository.write_stream(name, writer)
 
 
 def _is_image(repository: Repository, id_: ObjectId) -> bool:

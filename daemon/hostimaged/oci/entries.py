@@ -28,8 +28,15 @@ if TYPE_CHECKING:
     from hostimaged.composefs.fsverity import Buffer
 
 _NO_XATTRS: Final[dict[bytes, bytes]] = {}
-#: Entries of layers just imported that are kept: each takes about 500 bytes of memory.
+#: Entries of layers just imported that are kept, of all layers together.
 MAX_KEPT: Final = 100_000
+#: Memory that these take, some 500 bytes each; but paths, attributes and contents may be large.
+MAX_KEPT_SIZE: Final = 64 << 20
+#: Bytes of memory that an entry takes besides its strings, and a string besides its bytes.
+_ENTRY: Final = 200
+_STRING: Final = 48
+#: What a layer reserves at a time: entries, and bytes.
+_STEP: Final = (1000, 1000 * 512)
 
 
 class HardLink(NamedTuple):
@@ -50,6 +57,29 @@ class Entry(NamedTuple):
     item: Item
 
 
+def metadata_size(stat: Stat, item: Item) -> int:
+    """Bytes of the attributes, the inline content and the target of a symbolic link of an entry."""
+    size = 0
+    if isinstance(item, Inline):
+        size = len(item.data)
+    elif isinstance(item, Symlink):
+        size = len(item.target)
+    if stat.xattrs:
+        size += sum(len(name) + len(value) for name, value in stat.xattrs.items())
+    return size
+
+
+def _memory(entry: Entry) -> int:
+    """Bytes of memory that an entry takes, roughly."""
+    path, stat, item = entry
+    strings = len(path) + 2 * len(stat.xattrs)
+    size = _ENTRY + metadata_size(stat, item) + sum(map(len, path))
+    if isinstance(item, HardLink):
+        strings += len(item.target)
+        size += sum(map(len, item.target))
+    return size + _STRING * strings
+
+
 def read_entries(chunks: Iterable[bytes | ObjectId]) -> Iterator[Entry]:
     """The entries in ``SplitStream.chunks()`` of a layer, in order, up to the end of the archive.
 
@@ -62,66 +92,124 @@ def read_entries(chunks: Iterable[bytes | ObjectId]) -> Iterator[Entry]:
         yield _entry(header, _content(header, source))
 
 
+class _Budget:
+    """Entries, and bytes of memory, that may still be kept. Thread-safe."""
+
+    def __init__(self, entries: int, size: int) -> None:
+        self._lock = threading.Lock()
+        self._entries = entries
+        self._size = size
+
+    def reserve(self, size: int) -> tuple[int, int]:
+        """Take a step, or what is left if that is enough for an entry of ``size`` bytes; else (0, 0)."""
+        with self._lock:
+            if not self._entries or size > self._size:
+                return 0, 0
+            entries, size = min(_STEP[0], self._entries), min(max(_STEP[1], size), self._size)
+            self._entries -= entries
+            self._size -= size
+            return entries, size
+
+    def give_back(self, entries: int, size: int) -> None:
+        """Of what was reserved."""
+        with self._lock:
+            self._entries += entries
+            self._size += size
+
+
 class LayerEntries:
     """Gathers the entries of a layer while it is imported, as ``read_entries`` would read them back.
 
-    Gives up beyond ``limit`` entries. One thread at a time.
+    Gives up when the budget that it shares with other layers is used up. One thread at a time.
     """
 
-    __slots__ = ("_entries", "_external", "_limit", "ids")
+    __slots__ = ("_budget", "_entries", "_external", "_ids", "_left", "_reserved")
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, budget: _Budget) -> None:
+        self._budget = budget
+        # Both of entries and of bytes.
+        self._reserved = self._left = (0, 0)
         self._entries: list[Entry] | None = []
-        # Index and size of those whose content is an object.
+        # Index and size of those whose content is an object, and these objects as far as they are known.
         self._external: list[tuple[int, int]] = []
-        #: The objects of the layer in order, one for each such content: for the importer to fill.
-        self.ids: list[ObjectId] = []
+        self._ids: list[ObjectId] = []
 
     def add(self, header: tar.TarHeader, content: Buffer) -> None:
         """Add the next entry; ``content`` is that of a file small enough to be inline."""
         entries = self._entries
         if entries is None:
             return
-        if len(entries) == self._limit:
-            self._entries = None
+        entry = _entry(header, Inline(bytes(content)))
+        if not self._spend(_memory(entry)):
+            self.give_up()
             return
         if header.is_external:
             self._external.append((len(entries), header.size))
-        entries.append(_entry(header, Inline(bytes(content))))
+        entries.append(entry)
+
+    def add_object(self, id_: ObjectId) -> None:
+        """Add the next object of the layer: there is one for each content that is not inline, in order."""
+        if self._entries is not None:
+            self._ids.append(id_)
+
+    def _spend(self, size: int) -> bool:
+        """Whether there is room for another entry of ``size`` bytes, which is used then."""
+        entries, left = self._left
+        if not entries or left < size:
+            more = self._budget.reserve(size)
+            if not more[0]:
+                return False
+            self._reserved = self._reserved[0] + more[0], self._reserved[1] + more[1]
+            entries, left = entries + more[0], left + more[1]
+        self._left = entries - 1, left - size
+        return True
+
+    def give_up(self) -> None:
+        """Drop all entries, and give back what was reserved for them."""
+        self._entries = None
+        self._external.clear()
+        self._ids.clear()
+        self._budget.give_back(*self._reserved)
+        self._reserved = self._left = (0, 0)
 
     def finish(self) -> list[Entry] | None:
-        """The entries; None if there were too many."""
+        """The entries; None if there was no room for them. What they do not need is given back."""
         entries = self._entries
         if entries is not None:
-            for (at, size), id_ in zip(self._external, self.ids, strict=True):
+            for (at, size), id_ in zip(self._external, self._ids, strict=True):
                 path, stat, _ = entries[at]
                 entries[at] = Entry(path, stat, External(id_, size))
+            self._budget.give_back(*self._left)
+            self._reserved = self._reserved[0] - self._left[0], self._reserved[1] - self._left[1]
+            self._left = (0, 0)
         return entries
 
 
 class KeptEntries:
     """The entries of layers by stream id, for who needs them soon: see ``LayerEntries``.
 
-    ``limit`` bounds their number. Thread-safe.
+    ``limit`` bounds the number, ``max_size`` the memory of all that are kept or being gathered. Thread-safe.
     """
 
-    def __init__(self, limit: int = MAX_KEPT) -> None:
+    def __init__(self, limit: int = MAX_KEPT, max_size: int = MAX_KEPT_SIZE) -> None:
         self._lock = threading.Lock()
-        self._left = limit
+        self._budget = _Budget(limit, max_size)
         self._layers: dict[ObjectId, list[Entry]] = {}
 
     def gather(self) -> LayerEntries:
         """For a layer that is being imported."""
-        return LayerEntries(self._left)
+        return LayerEntries(self._budget)
 
     def keep(self, layer: ObjectId, gathered: LayerEntries) -> None:
-        """Keep the entries of an imported layer, if there is room."""
+        """Keep the entries of an imported layer, if there was room for them."""
         entries = gathered.finish()
+        if entries is None:
+            return
         with self._lock:
-            if entries is not None and len(entries) <= self._left and layer not in self._layers:
-                self._left -= len(entries)
+            if layer not in self._layers:
                 self._layers[layer] = entries
+                return
+        gathered.give_up()
 
     def take(self, layer: ObjectId) -> Iterator[Entry] | None:
         """The entries of a layer if they were kept; each is dropped as it is given."""

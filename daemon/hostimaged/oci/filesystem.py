@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from hostimaged.composefs.bulk import no_gc
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.composefs.tree import Directory, Inline, Leaf, Stat, Symlink
+from hostimaged.composefs.tree import Directory, Leaf, Stat
 from hostimaged.errors import UnsupportedImage
-from hostimaged.oci.entries import HardLink, read_entries
+from hostimaged.oci.entries import HardLink, metadata_size, read_entries
 from hostimaged.oci.paths import WHITEOUT
 
 if TYPE_CHECKING:
@@ -88,14 +88,7 @@ class TreeBuilder:
 
     def _account(self, entry: Entry) -> None:
         path, stat, item = entry
-        size = len(path[-1]) if path else 0
-        if isinstance(item, Inline):
-            size += len(item.data)
-        elif isinstance(item, Symlink):
-            size += len(item.target)
-        if stat.xattrs:
-            size += sum(len(name) + len(value) for name, value in stat.xattrs.items())
-        self._metadata += size
+        self._metadata += metadata_size(stat, item) + (len(path[-1]) if path else 0)
         self._entries += 1
         if self._entries > MAX_ENTRIES or self._metadata > MAX_METADATA:
             raise UnsupportedImage("the image has more files than can be held in memory")

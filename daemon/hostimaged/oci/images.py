@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.composefs.erofs.format import Format
@@ -198,8 +198,19 @@ class StoredImage:
     manifest_digest: ManifestDigest
     manifest: Manifest
     config: ImageConfig | None
-    manifest_refs: dict[str, ObjectId] = field(repr=False)
-    config_refs: dict[str, ObjectId] = field(repr=False)
+    stored_manifest: StoredJson = field(repr=False)
+    #: That to which the manifest refers; its name may lead to another, see ``commit.mend``.
+    stored_config: StoredJson = field(repr=False)
+
+    @property
+    def manifest_refs(self) -> dict[str, ObjectId]:
+        """Named references of the manifest stream."""
+        return self.stored_manifest.refs
+
+    @property
+    def config_refs(self) -> dict[str, ObjectId]:
+        """Named references of the config stream."""
+        return self.stored_config.refs
 
     @property
     def config_digest(self) -> ConfigDigest:
@@ -256,7 +267,7 @@ def open_image(repository: Repository, digest: ManifestDigest) -> StoredImage:
     except StreamMissing as error:
         raise ObjectMissing(id=config_id.hex()) from error
     config = parse_config(configuration.raw) if manifest.is_container else None
-    return StoredImage(digest, manifest, config, stored.refs, configuration.refs)
+    return StoredImage(digest, manifest, config, stored, configuration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,17 +293,17 @@ def list_images(repository: Repository) -> list[ImageRow]:
 
     Works without the lock too: what is removed meanwhile is looked at again, and left out if it is gone.
     """
-    opened: dict[ManifestDigest, StoredImage] = {}
+    known: dict[ManifestDigest, ImageRow] = {}
     rows = []
     for name, stream in _tag_links(repository).items():
-        row = _row(repository, name, stream, opened)
+        row = _row(repository, name, stream, known)
         if row is not None:
             rows.append(row)
     return rows
 
 
 def _row(
-    repository: Repository, name: str, stream: str, opened: dict[ManifestDigest, StoredImage]
+    repository: Repository, name: str, stream: str, known: dict[ManifestDigest, ImageRow]
 ) -> ImageRow | None:
     tagged = _tag_time(repository, name)
     digest = _tagged(stream)
@@ -300,14 +311,15 @@ def _row(
         return ImageRow(
             name, tagged=tagged, problem=f"the tag leads to {printable(stream)}, not to a manifest"
         )
+    if digest in known:
+        return replace(known[digest], tag=name, tagged=tagged)
     try:
-        image = opened.get(digest) or _open_again(repository, digest)
+        image = _open_again(repository, digest)
     except HostimageError as error:
         if _tag_time(repository, name) is None:
             return None
         return ImageRow(name, digest, tagged=tagged, problem=error.message)
-    opened[digest] = image
-    return ImageRow(
+    row = known[digest] = ImageRow(
         name,
         digest,
         image.config_digest,
@@ -317,6 +329,7 @@ def _row(
         artifact=image.artifact,
         tagged=tagged,
     )
+    return row
 
 
 def _open_again(repository: Repository, digest: ManifestDigest) -> StoredImage:

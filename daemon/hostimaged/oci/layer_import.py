@@ -69,10 +69,10 @@ def import_layer(
     ``pieces``, then a wrong digest, go before a complaint about the content: they explain it.
     """
     gathered = kept.gather() if kept is not None else None
-    ids = gathered.ids if gathered is not None else None
+    noticed = gathered.add_object if gathered is not None else None
     with (
         repository.new_stream(ContentType.LAYER) as writer,
-        LayerStore(repository, writer, reporter, pool, ids) as store,
+        LayerStore(repository, writer, reporter, pool, noticed) as store,
     ):
         reader = _Reader(pieces, None if verified else diff_id, reporter)
         try:

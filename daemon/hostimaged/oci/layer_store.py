@@ -10,6 +10,7 @@ from hostimaged.composefs.repository import ObjectWriter, Slot
 from hostimaged.oci.layer_parts import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
@@ -29,8 +30,8 @@ class LayerStore:
     """Makes objects of contents, and writes the stream in order.
 
     Contents go to the helpers of ``pool`` as long as those have room; what they cannot take at once is stored
-    here and now, so that nobody waits. ``ids`` gets the id of each, in order. A context manager, for one
-    thread.
+    here and now, so that nobody waits. ``noticed`` is told the id of each, in order. A context manager, for
+    one thread.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class LayerStore:
         writer: Writer,
         reporter: Reporter,
         pool: StorePool | None,
-        ids: list[ObjectId] | None,
+        noticed: Callable[[ObjectId], object] | None,
     ) -> None:
         self._repository = repository
         self._writer = writer
         self._reporter = reporter
         self._pool = pool
         self._storing = pool.storing if pool is not None else nullcontext()
-        self._ids = ids
+        self._noticed = noticed
         # Being filled, not sent yet.
         self._slot: Slot | None = None
         # Parts from the first object on that is stored elsewhere: inline bytes, or an object and its size.
@@ -153,8 +154,8 @@ class LayerStore:
 
     def _append(self, stored: Stored, size: int) -> None:
         self._writer.external(stored.id, size)
-        if self._ids is not None:
-            self._ids.append(stored.id)
+        if self._noticed is not None:
+            self._noticed(stored.id)
         if stored.is_new:
             self.objects_new += 1
             self.bytes_new += size

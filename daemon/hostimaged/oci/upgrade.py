@@ -19,7 +19,7 @@ from hostimaged.errors import (
     VerityMismatch,
 )
 from hostimaged.oci import images
-from hostimaged.oci.commit import Commit, Contents
+from hostimaged.oci.commit import Commit, stored_contents
 
 if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
@@ -76,19 +76,7 @@ def _upgrade(repository: Repository, digest: ManifestDigest, reporter: Reporter,
     if image.config is None:
         result.artifacts += 1
         return
-    layers = image.layers
-    if missing := [diff_id for diff_id in image.config.diff_ids if str(diff_id) not in layers]:
-        raise CorruptRepository(f"the configuration of {digest} does not refer to layer {missing[0]}")
-    config_id = image.manifest_refs[images.config_ref(image.config_digest)]
-    contents = Contents(
-        digest,
-        images.read_manifest(repository, digest).raw,
-        image.config_digest,
-        images.read_config(repository, image.config_digest, config_id).raw,
-        tuple((str(diff_id), layers[str(diff_id)]) for diff_id in image.config.diff_ids),
-        artifact=False,
-    )
-    commit = Commit(repository, contents, reporter)
+    commit = Commit(repository, stored_contents(image), reporter)
     commit.store()
     if commit.changed:
         result.upgraded += 1

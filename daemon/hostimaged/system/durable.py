@@ -137,9 +137,10 @@ def write_new_file(directory: int, name: str, pieces: Iterable[Buffer], mode: in
     try:
         for piece in pieces:
             write_all(fd, piece)
-        os.fsync(fd)
+        sync_file(fd)
     except BaseException:
-        os.unlink(name, dir_fd=directory)
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
         raise
     finally:
         os.close(fd)

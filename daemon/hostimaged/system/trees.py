@@ -318,16 +318,9 @@ class Copier:
 
     def _copy_leaf(self, name: bytes, found: os.stat_result, source: int, target: int, path: bytes) -> None:
         inode = (found.st_dev, found.st_ino)
-        if found.st_nlink > 1 and inode in self._made:
-            try:
-                os.link(
-                    self._made[inode], name, src_dir_fd=self._root, dst_dir_fd=target, follow_symlinks=False
-                )
-            except OSError as error:
-                if error.errno not in _NO_LINK:
-                    raise
-            else:
-                return
+        made = self._made.get(inode) if found.st_nlink > 1 else None
+        if made is not None and link(made, self._root, name, target):
+            return
         if st.S_ISREG(found.st_mode):
             with (
                 opened_file(name, source) as old,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,15 +28,45 @@ from hostimaged.ids import ObjectId
 
 #: Between two looks; the watched ones need the processors, too.
 _PAUSE = 0.01
+#: What it says when it has looked at everything.
+_ROUND = "looked\n"
+#: References that are there only while a configuration is written anew; tags and names stay.
+_PASSING = "streams/refs/hostimaged/"
 
 
 @dataclass
 class Report:
-    """What was seen: ``rounds`` looks, at ``names`` different targets of names; ``findings`` are bad."""
+    """What was seen: ``rounds`` looks, at ``names`` different targets of names; ``findings`` are bad.
+
+    While it is watched, ``rounds`` are those that are finished so far; all else comes at the end.
+    """
 
     rounds: int = 0
     names: int = 0
     findings: list[str] = field(default_factory=list)
+    _looked: threading.Condition = field(default_factory=threading.Condition, repr=False, compare=False)
+
+    def wait(self, rounds: int = 2) -> None:
+        """Until so many more rounds are finished: of two, one has begun after the call."""
+        with self._looked:
+            until = self.rounds + rounds
+            assert self._looked.wait_for(lambda: self.rounds >= until, 60), "the watcher does not look"
+
+    def take(self, lines: Iterable[str]) -> None:
+        """What the watcher tells: a line for each round, and last its report."""
+        for line in lines:
+            with self._looked:
+                if line == _ROUND:
+                    self.rounds += 1
+                    self._looked.notify_all()
+                else:
+                    found = json.loads(line)
+                    self.rounds, self.names = found["rounds"], found["names"]
+                    self.findings = found["findings"]
+
+    def serialise(self) -> str:
+        """For ``take``."""
+        return json.dumps({"rounds": self.rounds, "names": self.names, "findings": self.findings})
 
 
 @contextmanager
@@ -48,16 +78,19 @@ def watching(repository: Path) -> Iterator[Report]:
         env=python_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        taking = threading.Thread(target=report.take, args=(process.stdout,))
+        taking.start()
         try:
             yield report
         finally:
             process.terminate()
-            out, _ = process.communicate(timeout=60)
+            process.wait(timeout=60)
+            taking.join()
     assert process.returncode == 0, "the watcher itself broke down"
-    report.__dict__.update(json.loads(out))
 
 
 class _Watcher:
@@ -76,6 +109,7 @@ class _Watcher:
         except RepositoryMissing:
             pass
         self.report.rounds += 1
+        print(_ROUND, end="", flush=True)
 
     def _names(self) -> list[str]:
         found = []
@@ -97,6 +131,8 @@ class _Watcher:
                 self.report.names += 1
             missing = [id_ for id_ in self._needs[target] if not repository.has_object(id_)]
         except (HostimageError, OSError, AssertionError, ValueError) as error:
+            if name.startswith(_PASSING) and not os.path.lexists(link):
+                return
             self._find(f"{name}: {type(error).__name__}: {error}")
             return
         if missing:
@@ -137,7 +173,7 @@ def main() -> None:
         watcher.look()
         time.sleep(_PAUSE)
     watcher.look()
-    print(json.dumps(watcher.report.__dict__))
+    print(watcher.report.serialise())
 
 
 if __name__ == "__main__":

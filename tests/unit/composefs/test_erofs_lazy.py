@@ -63,3 +63,41 @@ def test_damage_elsewhere_is_not_looked_at() -> None:
     assert lookup(root, b"/etc/a") is not None
     with pytest.raises(ErofsError):
         lookup(root, b"/etc/b")
+
+
+def refused(image: bytearray, path: bytes, message: str) -> None:
+    """Both ways of reading say the same of a directory, the lazy one when that is looked at."""
+    for look in (Image.tree, lambda opened: lookup(opened.lazy_tree(), path)):
+        with pytest.raises(ErofsError, match=message):
+            look(Image(image, Algorithm.SHA512))
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_a_name_that_is_there_twice(kind: Format) -> None:
+    entries = {name: Leaf(STAT, Inline(b"")) for name in ("name-one", "name-two")}
+    image = build(directory(etc=directory(**entries), usr=directory()), kind, Algorithm.SHA512)
+    at = image.index(b"name-two")
+    image[at : at + 8] = b"name-one"
+    refused(image, b"/etc/name-one", "name twice")
+    assert lookup(Image(image, Algorithm.SHA512).lazy_tree(), b"/usr") is not None
+
+
+@pytest.mark.parametrize("kind", Format)
+@pytest.mark.parametrize("name", [b".", b".."])
+def test_a_directory_that_does_not_know_itself(kind: Format, name: bytes) -> None:
+    image = build(directory(etc=directory(unique_name=Leaf(STAT, Inline(b"")))), kind, Algorithm.SHA512)
+    # The names of a directory follow each other: ".", "..", then the others.
+    at = image.index(b"...unique_name")
+    image[at : at + 3] = b".x." if name == b".." else b"x.."
+    refused(image, b"/etc/unique_name", "wrong entries")
+
+
+@pytest.mark.parametrize("kind", Format)
+def test_what_is_named_as_a_stub_is_read_as_any(kind: Format) -> None:
+    """A directory that is nearly all of the image: the bound on what is read once counts it once."""
+    names = {f"{n:0200}": Leaf(STAT, Inline(b"")) for n in range(1000)}
+    image = Image(build(directory(ff=directory(**names)), kind, Algorithm.SHA512), Algorithm.SHA512)
+    for root in (image.tree(), image.lazy_tree()):
+        found = lookup(root, b"/ff")
+        assert isinstance(found, Directory)
+        assert len(list(found.entries.values())) == 1000

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostimaged.boot.loader import Bootloader
+from hostimaged.bus.findings import Findings
 from hostimaged.errors import NoSuchDeployment
 from hostimaged.host.bootdirs import BootDirs
 from hostimaged.host.booted import Booted
@@ -16,11 +17,13 @@ from hostimaged.host.marker import Marker
 from hostimaged.host.model import (
     Deployment,
     HostState,
+    ImageFacts,
     Problem,
     ProblemId,
     Role,
     rollback_queued,
 )
+from hostimaged.host.status import deployments
 from hostimaged.ids import DeploymentId
 
 A, B, C = (DeploymentId(digit * 128) for digit in "abc")
@@ -85,3 +88,13 @@ def test_a_state_answers_by_roles(loader: Bootloader) -> None:
 )
 def test_some_problems_keep_a_deployment_from_starting(problem: ProblemId, bootable: bool) -> None:
     assert Deployment(A, Role.OTHER, problems=(Problem(problem, "x"),)).bootable is bootable
+
+
+def test_an_image_of_a_far_future_does_not_break_the_status() -> None:
+    """What a scan tells is taken in by the daemon, whatever time an image gives itself."""
+    facts = ImageFacts(None, None, created="2300-01-01T00:00:00Z")
+    dirs = BootDirs(Bootloader.SYSTEMD, Path("/x"), Path("/x"), "", None)
+    row = Deployment(A, Role.BOOTED, image=facts)
+    state = HostState((row,), Bootloader.SYSTEMD, dirs, BootSets(None, None), Booted(A), None)
+    found = Findings.model_validate(deployments(state))
+    assert [row.timestamp for row in found.deployments] == [0]

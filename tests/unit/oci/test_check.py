@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 from hostimage_testing import tars
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import Layer, Layout
-from hostimaged.composefs.repository import Verity
+from hostimaged.composefs.repository import Repository, Verity
 from hostimaged.errors import Cancelled, ImageNotFound, SignatureRejected
+from hostimaged.oci import images
 from hostimaged.oci.check import FAULT_POINTS, CheckResult, check_image
 from hostimaged.oci.pull import pull_image
 from hostimaged.oci.reference import ImageReference
@@ -130,13 +134,78 @@ def test_a_layer_whose_objects_are_gone_is_missing(host: HostPaths, layout: Layo
     assert (found.download_size, found.downloaded) == (base.descriptor["size"], False)
 
 
-def test_a_damaged_repository_does_not_keep_from_looking(host: HostPaths, layout: Layout) -> None:
+def test_a_repository_that_cannot_be_opened_does_not_keep_from_looking(
+    host: HostPaths, layout: Layout
+) -> None:
     image(layout, layer(layout, b"one"))
     pull(host, layout)
     (host.repository / "meta.json").write_text("nonsense")
-    assert check(host, layout).download_size == check(host, layout).total_size
+    found = check(host, layout)
+    assert (found.download_size, found.downloaded) == (found.total_size, False)
+
+
+def config_object(host: HostPaths) -> Path:
+    """The file with the only configuration."""
+    with Repository.open(host.repository) as repository:
+        [digest] = images.tags(repository).values()
+        name = images.config_stream(images.open_image(repository, digest).config_digest)
+        with repository.open_stream(name) as stream:
+            [content] = stream.object_refs
+    return host.repository / "objects" / content.pathname
+
+
+def remove_objects(host: HostPaths, _: pytest.MonkeyPatch) -> None:
     shutil.rmtree(host.repository / "objects")
-    assert not check(host, layout).downloaded
+
+
+def replace_directories(host: HostPaths, _: pytest.MonkeyPatch) -> None:
+    for path in (host.repository / "objects").iterdir():
+        shutil.rmtree(path)
+        path.write_bytes(b"")
+
+
+def cut_streams(host: HostPaths, _: pytest.MonkeyPatch) -> None:
+    for path in (host.repository / "streams").glob("oci-*"):
+        os.truncate(path, 10)
+
+
+def fail_reads(_: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every object is on a bad part of the disk."""
+    real = os.open
+
+    def failing(path: Any, *args: Any, **options: Any) -> int:
+        if len(os.fspath(path)) == 126:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+
+
+@pytest.mark.parametrize("damage", [remove_objects, replace_directories, cut_streams, fail_reads])
+def test_what_cannot_be_read_counts_as_missing(
+    host: HostPaths,
+    layout: Layout,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[HostPaths, pytest.MonkeyPatch], None],
+) -> None:
+    image(layout, layer(layout, b"one"))
+    pull(host, layout)
+    assert check(host, layout).downloaded
+    damage(host, monkeypatch)
+    found = check(host, layout)
+    assert (found.download_size, found.downloaded) == (found.total_size, False)
+
+
+@pytest.mark.parametrize("size", [10, 1 << 30], ids=["cut short", "too large"])
+def test_a_damaged_configuration_is_fetched(host: HostPaths, layout: Layout, size: int) -> None:
+    base = layer(layout, b"one")
+    image(layout, base)
+    pull(host, layout)
+    os.truncate(config_object(host), size)
+    found = check(host, layout)
+    assert found.download_size == found.total_size - base.descriptor["size"]
+    assert not found.downloaded
+    assert found.version == "1.0"
 
 
 def test_an_artifact(host: HostPaths, layout: Layout) -> None:
@@ -151,9 +220,10 @@ def test_an_artifact(host: HostPaths, layout: Layout) -> None:
     ("created", "usec"),
     [
         ("2024-05-06T07:08:09+02:00", CREATED_USEC - 123_456 - 7200 * 1_000_000),
-        ("2024-05-06T07:08:09", CREATED_USEC - 123_456),
+        ("2024-05-06T07:08:09", 0),
         ("1960-01-01T00:00:00Z", 0),
-        ("9999-12-31T23:59:59Z", 253_402_300_799_000_000),
+        ("2300-01-01T00:00:00Z", 0),
+        ("9999-12-31T23:59:59Z", 0),
         ("0001-01-01T00:00:00+14:00", 0),
         ("yesterday", 0),
         ("", 0),

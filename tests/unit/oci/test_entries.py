@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from hostimaged.composefs.tree import (
 )
 from hostimaged.errors import CorruptRepository, UnsupportedImage
 from hostimaged.ids import DiffId, ObjectId
-from hostimaged.oci.entries import Entry, HardLink, KeptEntries, read_entries
+from hostimaged.oci import tar
+from hostimaged.oci.entries import Entry, HardLink, KeptEntries, LayerEntries, read_entries
 from hostimaged.oci.layer_import import import_layer
 from hostimaged.progress import Silent
 
@@ -171,6 +173,80 @@ def test_entries_of_an_import_are_kept_within_a_limit(tmp_path: Path) -> None:
             assert list(taken) == expected
             assert kept.take(id_) is None
         assert kept.take(ids[2]) is None
+
+
+def gathered(kept: KeptEntries, data: bytes) -> LayerEntries:
+    """The entries of a layer without objects, on their way."""
+    found = kept.gather()
+    reader = tar.HeaderReader(io.BytesIO(data).read)
+    while (header := reader.read()) is not None:
+        found.add(header, b"")
+    return found
+
+
+def layer_id(number: int) -> ObjectId:
+    return ObjectId(bytes([number]) * 32)
+
+
+def files(count: int) -> bytes:
+    return b"".join(tars.file(b"%d" % n, b"") for n in range(count)) + tars.END
+
+
+def test_layers_at_once_share_the_limit() -> None:
+    kept = KeptEntries(limit=3000)
+    one, other = gathered(kept, files(1800)), gathered(kept, files(1800))
+    assert other.finish() is None, "the first has taken two thousand"
+    kept.keep(layer_id(1), one)
+    kept.keep(layer_id(2), other)
+    assert kept.take(layer_id(2)) is None
+    assert len(list(kept.take(layer_id(1)) or ())) == 1800
+    # What the other had reserved, and what the first did not need, may be used.
+    kept.keep(layer_id(3), gathered(kept, files(1200)))
+    assert len(list(kept.take(layer_id(3)) or ())) == 1200
+
+
+def test_a_layer_that_is_kept_already_takes_no_room() -> None:
+    kept = KeptEntries(limit=10)
+    for _ in range(3):
+        kept.keep(layer_id(1), gathered(kept, files(5)))
+    kept.keep(layer_id(2), gathered(kept, files(5)))
+    assert kept.take(layer_id(2)) is not None
+
+
+LARGE = 60_000
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        tars.pax((b"SCHILY.xattr.user.a", b"v" * LARGE)) + tars.file(b"x", b""),
+        tars.pax(*((b"SCHILY.xattr.user.%d" % n, b"") for n in range(LARGE // 100))) + tars.file(b"x", b""),
+    ],
+    ids=["a large value", "many names"],
+)
+def test_attributes_count(large: bytes) -> None:
+    kept = KeptEntries(max_size=3 * LARGE)
+    kept.keep(layer_id(1), gathered(kept, large * 2 + tars.END))
+    kept.keep(layer_id(2), gathered(kept, large * 2 + tars.END))
+    assert kept.take(layer_id(1)) is not None
+    assert kept.take(layer_id(2)) is None
+
+
+@pytest.mark.parametrize(
+    "long",
+    [
+        tars.pax((b"path", b"a/" * 1500 + b"x")) + tars.file(b"x", b""),
+        tars.pax((b"linkpath", b"t" * 4000)) + tars.header(b"x", kind=b"2", link=b"t"),
+        tars.pax((b"linkpath", b"a/" * 1500 + b"x")) + tars.header(b"x", kind=b"1", link=b"t"),
+    ],
+    ids=["path", "symbolic link", "hard link"],
+)
+def test_paths_and_targets_count(long: bytes) -> None:
+    kept = KeptEntries(max_size=400_000)
+    kept.keep(layer_id(1), gathered(kept, long * 100 + tars.END))
+    assert kept.take(layer_id(1)) is None
+    kept.keep(layer_id(2), gathered(kept, files(100)))
+    assert kept.take(layer_id(2)) is not None
 
 
 def test_a_header_in_a_million_chunks_takes_no_longer_than_they_do() -> None:

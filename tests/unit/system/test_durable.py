@@ -215,3 +215,22 @@ def test_sync(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -
     durable.sync_directory(directory)
     assert synced == [tmp_path.stat().st_ino] * 2
     durable.sync_filesystem(directory)
+
+
+def test_a_new_file_that_cannot_be_removed_either_tells_why_it_was_not_written(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"begun"
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        durable.write_new_file(directory, "removed", pieces())
+    assert os.listdir(tmp_path) == []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only by now")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(OSError, match="full"):
+        durable.write_new_file(directory, "stays", pieces())

@@ -7,11 +7,9 @@ in a circle: a lazy tree is for looking up, not for walking.
 
 from __future__ import annotations
 
-import stat as st
 from typing import TYPE_CHECKING, TypeVar
 
-from hostimaged.composefs.erofs.format import STUB_NAMES
-from hostimaged.composefs.erofs.restore import Restorer, is_escaped_whiteout
+from hostimaged.composefs.erofs.restore import Restorer, is_whiteout
 from hostimaged.composefs.tree import CharDevice, Directory, Leaf
 
 if TYPE_CHECKING:
@@ -47,25 +45,17 @@ class LazyTree(Restorer):
         stat = self._stat(inode, xattrs)
         node: Directory | Leaf
         if inode.is_directory:
-            nids = dict(self._walk.entries(inode))
-            for name in (b".", b"..", *(self._stubs(nids) if nid == self._raw.root_nid else ())):
-                nids.pop(name, None)
+            nids = self.checked_entries(inode)
+            del nids[b".."]
+            if nid == self._raw.root_nid:
+                nids = {name: below for name, below in nids.items() if not self.is_stub(nid, name, below)}
             node = Directory(stat, _Entries(self, nids))
-        elif inode.is_whiteout or is_escaped_whiteout(inode, xattrs):
+        elif is_whiteout(inode, xattrs):
             node = Leaf(stat, CharDevice(0))
         else:
             node = Leaf(stat, self._content(inode, xattrs))
         self._nodes[nid] = node
         return node
-
-    def _stubs(self, nids: dict[bytes, int]) -> list[bytes]:
-        """The whiteouts that the writer puts into the root."""
-        found = []
-        for name in STUB_NAMES & nids.keys():
-            mode, where = self._raw.mode_and_where(nids[name])
-            if st.S_ISCHR(mode) and not where:
-                found.append(name)
-        return found
 
 
 class _Entries(dict[bytes, Directory | Leaf]):

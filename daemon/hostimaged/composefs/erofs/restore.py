@@ -50,6 +50,7 @@ _DROPPED: Final = frozenset(
     for name in (b"metacopy", b"redirect", b"overlay.whiteout", b"overlay.whiteouts", b"overlay.opaque")
 ) | {b"user.overlay.whiteout", b"user.overlay.whiteouts", b"user.overlay.opaque"}
 _HEX: Final = frozenset(b"0123456789abcdefABCDEF")
+_STUB_LENGTH: Final = 2
 
 
 def is_escaped_whiteout(inode: Inode, xattrs: list[Xattr]) -> bool:
@@ -57,6 +58,11 @@ def is_escaped_whiteout(inode: Inode, xattrs: list[Xattr]) -> bool:
     return st.S_ISREG(inode.mode) and any(
         xattr.suffix.endswith(b"whiteout") and xattr.name == _WHITEOUT for xattr in xattrs
     )
+
+
+def is_whiteout(inode: Inode, xattrs: list[Xattr]) -> bool:
+    """Whether the inode stands for a whiteout of the tree, or is one of the image's own."""
+    return inode.is_whiteout or is_escaped_whiteout(inode, xattrs)
 
 
 class ObjectNames:
@@ -132,16 +138,36 @@ class Restorer:
 
     def _open(self, inode: Inode, xattrs: list[Xattr], parent_nid: int) -> _Open:
         """A directory whose ``.`` and ``..`` were checked, with its other entries still to be read."""
-        raw = self._raw
         self._directories.add(inode.nid)
+        found = self.checked_entries(inode)
+        if found.pop(b"..") != parent_nid:
+            raise self._raw.error(f"has wrong entries . and .. in directory {inode.nid}")
+        directory = Directory(self._stat(inode, xattrs), {})
+        return _Open(inode.nid, inode.nlink, directory, [], iter(found.items()))
+
+    def checked_entries(self, inode: Inode) -> dict[bytes, int]:
+        """Names and nids of a directory, ``..`` among them, but not ``.``, which was checked.
+
+        Raises ``ErofsError``, for a name that is there twice too.
+        """
         entries = list(self._walk.entries(inode))
         found = dict(entries)
         if len(found) != len(entries):
-            raise raw.error(f"has a name twice in directory {inode.nid}")
-        if found.pop(b".", None) != inode.nid or found.pop(b"..", None) != parent_nid:
-            raise raw.error(f"has wrong entries . and .. in directory {inode.nid}")
-        directory = Directory(self._stat(inode, xattrs), {})
-        return _Open(inode.nid, inode.nlink, directory, [], iter(found.items()))
+            raise self._raw.error(f"has a name twice in directory {inode.nid}")
+        if found.pop(b".", None) != inode.nid or b".." not in found:
+            raise self._raw.error(f"has wrong entries . and .. in directory {inode.nid}")
+        return found
+
+    def is_stub(self, parent_nid: int, name: bytes, nid: int) -> bool:
+        """Whether an entry is one of the whiteouts that the writer puts into the root.
+
+        The inode is looked at only if the name is that of one.
+        """
+        if parent_nid != self._raw.root_nid or len(name) != _STUB_LENGTH or not _HEX.issuperset(name):
+            return False
+        # Past the bound of the walk, which counts each inode once: what is no stub is read again.
+        inode = self._raw.inode(nid)
+        return inode.is_whiteout or is_escaped_whiteout(inode, self._walk.xattrs(inode))
 
     def _entry(self, at: _Open, name: bytes, nid: int) -> _Open | None:
         """Put one entry into the tree; a directory is returned to be gone through."""
@@ -152,17 +178,16 @@ class Restorer:
             return None
         if nid in self._directories:
             raise self._raw.error(f"has directory {nid} in two places")
+        if self.is_stub(at.nid, name, nid):
+            return None
         inode = self._walk.inode(nid)
         xattrs = self._walk.xattrs(inode)
-        escaped = is_escaped_whiteout(inode, xattrs)
-        whiteout = escaped or inode.is_whiteout
-        if whiteout and at.nid == self._raw.root_nid and len(name) == 2 and _HEX.issuperset(name):
-            return None
         if inode.is_directory:
             below = self._open(inode, xattrs, at.nid)
             at.subdirectories.append(nid)
             at.directory.entries[name] = below.directory
             return below
+        whiteout = is_whiteout(inode, xattrs)
         if whiteout and inode.nlink > 1:
             raise self._raw.error(f"has a whiteout with hard links, inode {nid}")
         content = CharDevice(0) if whiteout else self._content(inode, xattrs)

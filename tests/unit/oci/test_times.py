@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hostimaged.host.times import microseconds, utc_text
+from hostimaged.oci.times import microseconds, utc_text
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,9 @@ from hostimaged.host.times import microseconds, utc_text
         ("1970-01-01T00:00:00Z", 0, "1970-01-01T00:00:00Z"),
         ("0001-01-01T00:00:00Z", 0, "0001-01-01T00:00:00Z"),
         ("1969-12-31T23:59:59Z", 0, "1969-12-31T23:59:59Z"),
+        ("2255-06-05T23:47:34.740991Z", (1 << 53) - 1, "2255-06-05T23:47:34.740991Z"),
+        ("2255-06-05T23:47:34.740992Z", 0, "2255-06-05T23:47:34.740992Z"),
+        ("2300-01-01T00:00:00Z", 0, "2300-01-01T00:00:00Z"),
         ("0001-01-01T00:00:00+10:00", 0, None),
         ("2026-13-01T08:00:00Z", 0, None),
         ("2026-11-01", 0, None),

@@ -11,6 +11,8 @@ _TIME: Final = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,30}))?([Zz]|[+-]\d\d:\d\d)\Z", re.ASCII
 )
 _NANO_DIGITS: Final = 9
+#: Exact in JSON everywhere; in the year 2255.
+_LATEST: Final = (1 << 53) - 1
 
 
 def _parse(text: str) -> tuple[datetime, int] | None:
@@ -27,12 +29,16 @@ def _parse(text: str) -> tuple[datetime, int] | None:
 
 
 def microseconds(text: str) -> int:
-    """An RFC 3339 time in microseconds since the epoch; 0 for anything else, and for times before it."""
+    """An RFC 3339 time in microseconds since the epoch; 0 for anything else.
+
+    Also for times before it, and for those that are too late for a number in JSON: nobody made an image then.
+    """
     found = _parse(text)
     if found is None:
         return 0
     time, nanoseconds = found
-    return max((time - _EPOCH) // timedelta(microseconds=1) + nanoseconds // 1000, 0)
+    since = (time - _EPOCH) // timedelta(microseconds=1) + nanoseconds // 1000
+    return since if 0 <= since <= _LATEST else 0
 
 
 def utc_text(text: str) -> str | None:
