@@ -96,6 +96,9 @@ class JobQueue:
         self._submitting = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._stopping = False
+        self._ending: set[int] = set()
+        self._none_ending = asyncio.Event()
+        self._none_ending.set()
 
     @property
     def active(self) -> Job | None:
@@ -231,12 +234,16 @@ class JobQueue:
                 await self._wake.wait()
 
     async def stop(self) -> None:
-        """Accept no more jobs and cancel all; ``run`` returns when those that run have ended."""
+        """Accept no more jobs and cancel all; ``run`` returns when those that run have ended.
+
+        By then the ends of those that waited are announced, whoever cancelled them.
+        """
         self._stopping = True
         self._wake.set()
         for job in self.jobs:
             if job.cancellable:
                 await self.cancel(job)
+        await self._none_ending.wait()
 
     async def _run_one(self, job: Job, worker: Worker) -> None:
         if job.state is JobState.QUEUED:
@@ -286,6 +293,16 @@ class JobQueue:
         return True
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._ending.add(job.id)
+        self._none_ending.clear()
+        try:
+            await self._end(job, outcome)
+        finally:
+            self._ending.discard(job.id)
+            if not self._ending:
+                self._none_ending.set()
+
+    async def _end(self, job: Job, outcome: Outcome) -> None:
         state, failure = _end_state(outcome.failure), outcome.failure
         job.result = outcome.result
         job.finish(state, failure)
