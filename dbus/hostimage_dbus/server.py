@@ -13,6 +13,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
@@ -45,6 +46,7 @@ PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 CALLS_PER_SENDER: Final = 64
 CALLS_IN_ALL: Final = 4096
 _INTERNAL: Final = "internal error; the journal has the details"
+_STOPPING: Final = "the service is stopping"
 
 #: Gets a call whose signature was checked; returns the values of the answer, now or later.
 Handler = Callable[[MethodCall], Sequence[Any] | Encoded | Awaitable[Sequence[Any] | Encoded]]
@@ -215,21 +217,38 @@ class ObjectServer:
         except BusError:
             answer.close()
             raise
+        waiting = self._wait(call, method, answer)
+        try:
+            task = self._tasks.create_task(waiting)
+        except RuntimeError:
+            waiting.close()
+            answer.close()
+            raise BusError(ErrorName.CANCELLED, _STOPPING) from None
         self._waiting[call.sender] += 1
-        self._tasks.create_task(self._wait(call, method, answer))
+        task.add_done_callback(partial(self._never_begun, call, answer))
 
     async def _wait(self, call: MethodCall, method: Method, answer: Coroutine[Any, Any, Any]) -> None:
         try:
             self._connection.reply(call, method.out_signature, await answer)
         except asyncio.CancelledError:
-            self._connection.reply_error(call, ErrorName.CANCELLED, "the service is stopping")
+            self._connection.reply_error(call, ErrorName.CANCELLED, _STOPPING)
             raise
         except Exception as error:  # noqa: BLE001 (every call gets its answer)
             self._fail(call, error)
         finally:
-            self._waiting[call.sender] -= 1
-            if not self._waiting[call.sender]:
-                del self._waiting[call.sender]
+            self._free(call)
+
+    def _never_begun(self, call: MethodCall, answer: Coroutine[Any, Any, Any], _: asyncio.Task[None]) -> None:
+        """Answer a call whose task was cancelled before its first step."""
+        if inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
+            answer.close()
+            self._free(call)
+            self._connection.reply_error(call, ErrorName.CANCELLED, _STOPPING)
+
+    def _free(self, call: MethodCall) -> None:
+        self._waiting[call.sender] -= 1
+        if not self._waiting[call.sender]:
+            del self._waiting[call.sender]
 
     def _admit(self, call: MethodCall) -> None:
         if self._waiting[call.sender] >= CALLS_PER_SENDER or self._waiting.total() >= CALLS_IN_ALL:

@@ -238,6 +238,30 @@ async def test_a_cancelled_call_is_answered() -> None:
     assert [answer[0] for _, answer in connections[0].answers] == [ErrorName.CANCELLED]
 
 
+class _Stop(Exception):
+    pass
+
+
+async def test_calls_are_answered_when_the_service_stops_before_they_began() -> None:
+    """And those that come after that, with nothing about it in the journal."""
+    fixtures = []
+
+    async def serve() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            fixtures.append(Fixture(tasks))
+            fixtures[0].connection.ask("Wait")
+            raise _Stop
+
+    with pytest.raises(ExceptionGroup):
+        await serve()
+    (fixture,) = fixtures
+    late = fixture.connection.ask("Wait")
+    stopping = (str(ErrorName.CANCELLED), "the service is stopping")
+    assert late == stopping
+    assert [answer for _, answer in fixture.connection.answers] == [stopping, stopping]
+    assert not fixture.server._waiting
+
+
 @pytest.mark.parametrize(
     ("member", "signature", "body", "changes", "name"),
     [
