@@ -110,20 +110,23 @@ class Watch:
 
     async def _find_owner(self) -> str:
         try:
-            (owner,) = await self._connection.call(
+            reply = await self._connection.call(
                 BUS, BUS_PATH, BUS, "GetNameOwner", "s", [self._condition.name], timeout=_TIMEOUT
             )
         except BusClosed:
             raise
         except BusError:
             return ""
-        return str(owner)
+        match reply:
+            case [str(owner)]:
+                return owner
+        return ""
 
     async def _look(self, owner: str) -> bool:
         """Ask the owner itself: a call to its name might start a service that has just ended."""
         condition = self._condition
         try:
-            (value,) = await self._connection.call(
+            reply = await self._connection.call(
                 owner,
                 condition.path,
                 _PROPERTIES,
@@ -137,8 +140,11 @@ class Watch:
         except BusError as error:
             _logger.info("condition.unknown", reason=condition.reason, error=error.name)
             return False
-        good = isinstance(value, Variant) and value.signature == condition.signature
-        return good and value.value in condition.values
+        match reply:
+            case [Variant() as value] if value.signature == condition.signature:
+                return value.value in condition.values
+        _logger.info("condition.malformed", reason=condition.reason)
+        return False
 
     def _heard(self, path: str, interface: str, member: str, body: list[Any], sender: str) -> None:
         if sender == BUS and (interface, member) == (BUS, "NameOwnerChanged"):
