@@ -128,11 +128,10 @@ class JobQueue:
 
         A new job is written down, then announced, then run when its turn comes. What the caller's ``terms``
         allow has been authorised. Raises ``Busy`` or ``Held`` if it would have to wait and ``queue`` is
-        False, ``LimitsExceeded`` if too many jobs wait.
+        False, ``LimitsExceeded`` if too many jobs wait, ``Cancelled`` if the queue stops.
         """
         async with self._submitting:
-            if self._stopping:
-                raise Cancelled("the service is stopping")
+            self._check_accepting()
             if join and (equal := self._lanes.equal(operation.identity)) is not None:
                 self._join(equal, initiator, terms)
                 return equal
@@ -149,12 +148,22 @@ class JobQueue:
                 await self.save()
             finally:
                 self._entering = None
+            try:
+                self._check_accepting()
+            except Cancelled:
+                # Not to be found by the next daemon, which would announce the end of what nobody knows.
+                await self.save()
+                raise
             job.hold(terms.obeyed(self._holds))
             self._lanes.add(job)
             _logger.info("job.new", id=job.id, kind=job.kind, target=job.target, uid=initiator.uid)
             self._observer.job_added(job)
             self._reconsider()
             return job
+
+    def _check_accepting(self) -> None:
+        if self._stopping:
+            raise Cancelled("the service is stopping")
 
     def _check_room(self, operation: Operation, uid: int) -> None:
         if operation.one_per_user and uid != 0 and self._lanes.has_kind(operation.kind, uid):
@@ -244,6 +253,9 @@ class JobQueue:
             if job.cancellable:
                 await self.cancel(job)
         await self._none_ending.wait()
+        async with self._submitting:
+            # Nor is one being accepted.
+            pass
 
     async def _run_one(self, job: Job, worker: Worker) -> None:
         if job.state is JobState.QUEUED:

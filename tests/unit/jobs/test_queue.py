@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hostimage_dbus.names import JobState, Phase
 from hostimage_testing.queue_bench import Bench
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
 from hostimaged.jobs.events import BytesEvent, PhaseEvent, StatusEvent, TotalsEvent
-from hostimaged.jobs.job import Failure, Initiator, Job
+from hostimaged.jobs.job import Failure, Initiator, Job, Terms
 from hostimaged.jobs.operations import Diff
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_PER_UID
@@ -172,6 +173,36 @@ async def test_stopping_waits_for_ends_that_others_announce(bench: Bench) -> Non
     await stopping
     assert ("finished", 2, "cancelled") in bench.told
     await cancelling
+
+
+async def test_a_job_is_not_accepted_while_stopping(bench: Bench, tmp_path: Path) -> None:
+    with blocked_save(bench) as save:
+        submitting = asyncio.ensure_future(bench.submit())
+        await save.reached()
+        stopping = asyncio.ensure_future(bench.queue.stop())
+        done, _ = await asyncio.wait([stopping], timeout=0.05)
+        assert not done
+    with pytest.raises(Cancelled, match="stopping"):
+        await submitting
+    await stopping
+    assert bench.told == []
+    assert bench.queue.jobs == []
+    assert json.loads((tmp_path / "jobs.json").read_text())["active"] == []
+
+
+@pytest.mark.parametrize("reasons", [["manual"], []])
+async def test_a_hold_does_not_revive_what_ended(bench: Bench, reasons: list[str]) -> None:
+    await bench.running()
+    bench.queue.hold([] if reasons else ["manual"])
+    waiting = await bench.submit(terms=Terms(background=True))
+    with blocked_save(bench) as save:
+        cancelling = asyncio.ensure_future(bench.queue.cancel(waiting))
+        await save.reached()
+        bench.queue.hold(reasons)
+        assert waiting.state is JobState.CANCELLED
+        assert waiting.hold_reasons == ()
+    await cancelling
+    await bench.until("finished", waiting.id, "cancelled")
 
 
 async def test_the_file_knows_a_job_before_anybody_else(bench: Bench) -> None:
