@@ -142,15 +142,16 @@ class Channel:
         Each pause is answered: between two of them this thread may not have run at all.
         """
         self.check()
-        if not self.pausing:
-            return
-        while self.pausing:
+        rested = False
+        while self._pausing:
+            rested = True
             answered = self._pauses
             self._send(PausedEvent(paused=True))
             with self._requests:
                 self._requests.wait_for(partial(self._may_go_on, answered))
             self.check()
-        self._send(PausedEvent(paused=False))
+        if rested:
+            self._send(PausedEvent(paused=False))
 
     def _may_go_on(self, answered: int) -> bool:
         return self._cancelled or not self._pausing or self._pauses != answered
