@@ -24,11 +24,13 @@ def _hyphens(name: str) -> str:
     return name.replace("_", "-")
 
 
-class _Found(BaseModel):
+class Hyphened(BaseModel):
+    """What a worker tells: names have hyphens there, and what is not known is ignored."""
+
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens, populate_by_name=True)
 
 
-class ImageRow(_Found):
+class ImageRow(Hyphened):
     """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
 
     tag: _Text | None = None
@@ -45,7 +47,7 @@ class ImageRow(_Found):
     problem: _Text | None = None
 
 
-class RepositoryRow(_Found):
+class RepositoryRow(Hyphened):
     """The repository; ``used`` is in bytes."""
 
     algorithm: _Text
@@ -54,7 +56,7 @@ class RepositoryRow(_Found):
     used: _Size
 
 
-class Problem(_Found):
+class Problem(Hyphened):
     """Something wrong on this host."""
 
     id: _Text
@@ -62,7 +64,7 @@ class Problem(_Found):
     text: _Text
 
 
-class DeploymentRow(_Found):
+class DeploymentRow(Hyphened):
     """An installed operating system; ``timestamp`` is in microseconds since the epoch, 0 unknown.
 
     ``verity`` and ``boot_type`` as the properties of a Deployment on the bus.
@@ -93,7 +95,7 @@ class DeploymentRow(_Found):
     problems: list[Problem] = Field(default_factory=list)
 
 
-class HostRow(_Found):
+class HostRow(Hyphened):
     """The host as a whole; ``next`` is the id of what an orderly reboot boots, or empty."""
 
     bootloader: _Text
@@ -105,7 +107,7 @@ class HostRow(_Found):
     read_only: bool = False
 
 
-class Findings(_Found):
+class Findings(Hyphened):
     """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc."""
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
