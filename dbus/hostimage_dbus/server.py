@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method
+from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import (
     BUS,
     BUS_PATH,
@@ -33,7 +34,6 @@ __all__ = ["Export", "Handler", "ObjectServer", "Setter"]
 
 PEER: Final = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 
 UNKNOWN_METHOD: Final = "org.freedesktop.DBus.Error.UnknownMethod"
@@ -136,7 +136,7 @@ class ObjectServer:
         self._standard_handlers: dict[str, dict[str, Handler]] = {
             PEER: {"Ping": lambda _: [], "GetMachineId": self._machine_id},
             INTROSPECTABLE: {"Introspect": self._introspect},
-            PROPERTIES: {"Get": self._get, "Set": self._set, "GetAll": self._get_all},
+            PROPERTIES_INTERFACE: {"Get": self._get, "Set": self._set, "GetAll": self._get_all},
             OBJECT_MANAGER: {"GetManagedObjects": self._managed_objects},
         }
 
@@ -178,7 +178,7 @@ class ObjectServer:
         changed, invalidated = export.announcement()
         if changed or invalidated:
             self._connection.emit(
-                path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, changed, invalidated]
+                path, PROPERTIES_INTERFACE, "PropertiesChanged", "sa{sv}as", [interface, changed, invalidated]
             )
 
     def emit(self, path: str, interface: str, signal: str, *arguments: Any) -> None:
@@ -299,7 +299,7 @@ class ObjectServer:
         """Names of the standard interfaces at ``path``, which exists."""
         names = [PEER, INTROSPECTABLE]
         if path in self._objects:
-            names.append(PROPERTIES)
+            names.append(PROPERTIES_INTERFACE)
         if path == self._root:
             names.append(OBJECT_MANAGER)
         return names

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Variant
 from hostimaged.log import get_logger
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from hostimage_dbus.transport import Connection
 
-_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _TIMEOUT: Final = 10.0
 #: Seconds between two looks, so that a service that changes its mind all the time costs little.
 _PAUSE: Final = 0.2
@@ -82,7 +82,7 @@ class Watch:
         try:
             await self._connection.add_match(
                 f"type='signal',sender='{condition.name}',path='{condition.path}',"
-                f"interface='{_PROPERTIES}',member='PropertiesChanged',arg0='{condition.interface}'"
+                f"interface='{PROPERTIES_INTERFACE}',member='PropertiesChanged',arg0='{condition.interface}'"
             )
             await self._connection.add_match(
                 f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',"
@@ -129,7 +129,7 @@ class Watch:
             reply = await self._connection.call(
                 owner,
                 condition.path,
-                _PROPERTIES,
+                PROPERTIES_INTERFACE,
                 "Get",
                 "ss",
                 [condition.interface, condition.member],
