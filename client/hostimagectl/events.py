@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE
+from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE, PROPERTIES_INTERFACE
 from hostimagectl.job import job_id
 from hostimagectl.output import printable, text_of, timestamp
-from hostimagectl.service import PROPERTIES_INTERFACE, plain
+from hostimagectl.service import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,21 +11,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hostimage_dbus.errors import ErrorName
-from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
-from hostimage_dbus.transport import BusClosed, BusError, Connection, Variant
+from hostimage_dbus.names import (
+    BUS_NAME,
+    DEPLOYMENT_INTERFACE,
+    JOB_INTERFACE,
+    LOG_CONTROL_INTERFACE,
+    LOG_CONTROL_PATH,
+    MANAGER_INTERFACE,
+    PROPERTIES_INTERFACE,
+    ROOT_PATH,
+)
+from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Connection, Variant
 from hostimagectl.agent import Agent
 from hostimagectl.failure import Failure
 from hostimagectl.job import Job
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-
-BUS: Final = "org.freedesktop.DBus"
-BUS_PATH: Final = "/org/freedesktop/DBus"
-PROPERTIES_INTERFACE: Final = "org.freedesktop.DBus.Properties"
-DEPLOYMENT_INTERFACE: Final = "org.hostimage1.Deployment"
-LOG_INTERFACE: Final = "org.freedesktop.LogControl1"
-LOG_PATH: Final = "/org/freedesktop/LogControl1"
 
 #: Name by which our jobs are told apart from those of other programs (option ``client-id``).
 CLIENT_ID: Final = "hostimagectl"
@@ -222,8 +224,8 @@ class Service:
 
     async def set_log_level(self, level: str) -> None:
         """Set how much the daemon logs."""
-        body = [LOG_INTERFACE, "LogLevel", Variant("s", level)]
-        await self._call(LOG_PATH, PROPERTIES_INTERFACE, "Set", "ssv", body)
+        body = [LOG_CONTROL_INTERFACE, "LogLevel", Variant("s", level)]
+        await self._call(LOG_CONTROL_PATH, PROPERTIES_INTERFACE, "Set", "ssv", body)
 
     async def cancel(self, path: str) -> None:
         """Ask the daemon to cancel the job at ``path``; returns when it agreed."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, JOBS_PATH, MANAGER_INTERFACE
-from hostimage_dbus.transport import BusClosed, BusError
+from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, JOBS_PATH, MANAGER_INTERFACE, PROPERTIES_INTERFACE
+from hostimage_dbus.transport import BUS, BusClosed, BusError
 from hostimagectl.failure import Failure
 from hostimagectl.job import Job, JobError
-from hostimagectl.service import BUS, PROPERTIES_INTERFACE, plain
+from hostimagectl.service import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -10,6 +10,7 @@ import asyncio
 import re
 import signal
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,7 @@ from hostimaged.system.notify import Notifier
 from hostimaged.system.paths import HostPaths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from hostimaged.bus.service import Service
 
@@ -85,16 +86,17 @@ async def _serve(paths: HostPaths) -> None:
         # Calls that come meanwhile wait in the connection. In a thread, because importing takes long.
         prepare = await asyncio.to_thread(_prepare, paths)
         async with asyncio.TaskGroup() as tasks:
-            service = prepare(connection, tasks, notifier)
-            service.start()
-            notifier.status("idle")
             helpers = [
                 tasks.create_task(_watchdog(notifier)),
                 tasks.create_task(_until_lost(connection)),
             ]
-            await stop.wait()
-            notifier.stopping()
-            await service.stop()
+            async with _until_left() as calls:
+                service = prepare(connection, tasks, calls, notifier)
+                service.start()
+                notifier.status("idle")
+                await stop.wait()
+                notifier.stopping()
+                await service.stop()
             for helper in helpers:
                 helper.cancel()
     except BaseExceptionGroup as errors:
@@ -105,7 +107,24 @@ async def _serve(paths: HostPaths) -> None:
         await connection.close()
 
 
-def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notifier], Service]:
+class _Left(Exception):
+    """The context is left."""
+
+
+@asynccontextmanager
+async def _until_left() -> AsyncIterator[asyncio.TaskGroup]:
+    """Tasks that are cancelled when the context is left: nobody waits for what they wait for."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+            raise _Left
+    except* _Left:
+        pass
+
+
+def _prepare(
+    paths: HostPaths,
+) -> Callable[[Connection, asyncio.TaskGroup, asyncio.TaskGroup, Notifier], Service]:
     """Import, and read settings and history; gives what makes the service of them."""
     from hostimage_dbus.introspection import load_shipped
     from hostimaged import config, log
@@ -126,10 +145,13 @@ def _prepare(paths: HostPaths) -> Callable[[Connection, asyncio.TaskGroup, Notif
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
 
-    def make(connection: Connection, tasks: asyncio.TaskGroup, notifier: Notifier) -> Service:
+    def make(
+        connection: Connection, tasks: asyncio.TaskGroup, calls: asyncio.TaskGroup, notifier: Notifier
+    ) -> Service:
         return Service(
             connection,
             tasks,
+            calls,
             interfaces=interfaces,
             paths=paths,
             settings=settings,

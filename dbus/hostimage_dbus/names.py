@@ -14,6 +14,7 @@ MANAGER_INTERFACE: Final = "org.hostimage1.Manager"
 DEPLOYMENT_INTERFACE: Final = "org.hostimage1.Deployment"
 JOB_INTERFACE: Final = "org.hostimage1.Job"
 LOG_CONTROL_INTERFACE: Final = "org.freedesktop.LogControl1"
+PROPERTIES_INTERFACE: Final = "org.freedesktop.DBus.Properties"
 #: The path that stands for "none" where the type is an object path.
 NO_OBJECT: Final = "/"
 API_VERSION: Final = 1

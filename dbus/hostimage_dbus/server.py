@@ -13,10 +13,12 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import DOCTYPE, Emits, Interface, Method
+from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import (
     BUS,
     BUS_PATH,
@@ -32,7 +34,6 @@ __all__ = ["Export", "Handler", "ObjectServer", "Setter"]
 
 PEER: Final = "org.freedesktop.DBus.Peer"
 INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
-PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 
 UNKNOWN_METHOD: Final = "org.freedesktop.DBus.Error.UnknownMethod"
@@ -45,6 +46,7 @@ PROPERTY_READ_ONLY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 CALLS_PER_SENDER: Final = 64
 CALLS_IN_ALL: Final = 4096
 _INTERNAL: Final = "internal error; the journal has the details"
+_STOPPING: Final = "the service is stopping"
 
 #: Gets a call whose signature was checked; returns the values of the answer, now or later.
 Handler = Callable[[MethodCall], Sequence[Any] | Encoded | Awaitable[Sequence[Any] | Encoded]]
@@ -134,7 +136,7 @@ class ObjectServer:
         self._standard_handlers: dict[str, dict[str, Handler]] = {
             PEER: {"Ping": lambda _: [], "GetMachineId": self._machine_id},
             INTROSPECTABLE: {"Introspect": self._introspect},
-            PROPERTIES: {"Get": self._get, "Set": self._set, "GetAll": self._get_all},
+            PROPERTIES_INTERFACE: {"Get": self._get, "Set": self._set, "GetAll": self._get_all},
             OBJECT_MANAGER: {"GetManagedObjects": self._managed_objects},
         }
 
@@ -176,7 +178,7 @@ class ObjectServer:
         changed, invalidated = export.announcement()
         if changed or invalidated:
             self._connection.emit(
-                path, PROPERTIES, "PropertiesChanged", "sa{sv}as", [interface, changed, invalidated]
+                path, PROPERTIES_INTERFACE, "PropertiesChanged", "sa{sv}as", [interface, changed, invalidated]
             )
 
     def emit(self, path: str, interface: str, signal: str, *arguments: Any) -> None:
@@ -215,21 +217,38 @@ class ObjectServer:
         except BusError:
             answer.close()
             raise
+        waiting = self._wait(call, method, answer)
+        try:
+            task = self._tasks.create_task(waiting)
+        except RuntimeError:
+            waiting.close()
+            answer.close()
+            raise BusError(ErrorName.CANCELLED, _STOPPING) from None
         self._waiting[call.sender] += 1
-        self._tasks.create_task(self._wait(call, method, answer))
+        task.add_done_callback(partial(self._never_begun, call, answer))
 
     async def _wait(self, call: MethodCall, method: Method, answer: Coroutine[Any, Any, Any]) -> None:
         try:
             self._connection.reply(call, method.out_signature, await answer)
         except asyncio.CancelledError:
-            self._connection.reply_error(call, ErrorName.CANCELLED, "the service is stopping")
+            self._connection.reply_error(call, ErrorName.CANCELLED, _STOPPING)
             raise
         except Exception as error:  # noqa: BLE001 (every call gets its answer)
             self._fail(call, error)
         finally:
-            self._waiting[call.sender] -= 1
-            if not self._waiting[call.sender]:
-                del self._waiting[call.sender]
+            self._free(call)
+
+    def _never_begun(self, call: MethodCall, answer: Coroutine[Any, Any, Any], _: asyncio.Task[None]) -> None:
+        """Answer a call whose task was cancelled before its first step."""
+        if inspect.getcoroutinestate(answer) == inspect.CORO_CREATED:
+            answer.close()
+            self._free(call)
+            self._connection.reply_error(call, ErrorName.CANCELLED, _STOPPING)
+
+    def _free(self, call: MethodCall) -> None:
+        self._waiting[call.sender] -= 1
+        if not self._waiting[call.sender]:
+            del self._waiting[call.sender]
 
     def _admit(self, call: MethodCall) -> None:
         if self._waiting[call.sender] >= CALLS_PER_SENDER or self._waiting.total() >= CALLS_IN_ALL:
@@ -280,7 +299,7 @@ class ObjectServer:
         """Names of the standard interfaces at ``path``, which exists."""
         names = [PEER, INTROSPECTABLE]
         if path in self._objects:
-            names.append(PROPERTIES)
+            names.append(PROPERTIES_INTERFACE)
         if path == self._root:
             names.append(OBJECT_MANAGER)
         return names

@@ -15,7 +15,9 @@ import pytest
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, ROOT_PATH
-from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, connected, ended, steps_until
+from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, connected, ended, error_of, now, steps_until
+from hostimage_testing.polkit_double import Answer, PolkitDouble
+from hostimage_testing.users import NEEDS_ROOT, user
 
 
 async def _running(daemon: Daemon, client: Client, *steps: object) -> tuple[str, int]:
@@ -131,6 +133,30 @@ async def test_stopping_cancels_jobs_and_says_so(daemon: Daemon, client: Client,
     for job in (waiting, path):
         assert (await client.removed(job))[3:5] == ["cancelled", ErrorName.CANCELLED]
     assert json.loads((daemon.root / "run/hostimaged/jobs.json").read_text())["active"] == []
+
+
+@pytest.mark.root
+@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+async def test_an_open_dialog_does_not_keep_it_from_stopping(
+    daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
+) -> None:
+    await daemon.start()
+    path, _ = await _running(daemon, client, *steps_until(tmp_path / "never"))
+    image = daemon.script("image", {"result": {}})
+    async with PolkitDouble.connect(bus.address, Answer.HANG) as polkit, user(bus) as other:
+        calls = [
+            asyncio.ensure_future(error_of(other.manager("Pull", "sa{sv}", image, {}, interactive=asks)))
+            for asks in (True, False)
+        ]
+        await polkit.until(lambda p: p.hanging == 2)
+        started = now()
+        assert await daemon.end(signal.SIGTERM) == 0
+        assert now() - started < PATIENCE / 2
+        for call in calls:
+            error = await call
+            assert (error.name, error.message) == (ErrorName.CANCELLED, "the service is stopping")
+    assert (await client.removed(path))[3:5] == ["cancelled", ErrorName.CANCELLED]
+    assert "Traceback" not in daemon.log.read_text()
 
 
 async def test_loss_of_the_bus_ends_daemon_and_worker(daemon: Daemon, client: Client) -> None:

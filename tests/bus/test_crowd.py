@@ -234,7 +234,9 @@ async def test_what_is_no_text_ends_the_senders_connection_only(
     assert "Traceback" not in tracking.log.read_text()
 
 
-async def test_a_crowd_of_watchers_on_a_stopped_bus(tracking: Daemon, bus: Bus, client: Client) -> None:
+async def test_a_crowd_of_watchers_on_a_stopped_bus(
+    tracking: Daemon, bus: Bus, client: Client, tmp_path: Path
+) -> None:
     """The bus stands still while a job tells of itself thousands of times: nothing is lost that counts."""
     await tracking.start()
     # While it starts, calls wait in a place that is small.
@@ -242,9 +244,13 @@ async def test_a_crowd_of_watchers_on_a_stopped_bus(tracking: Daemon, bus: Bus, 
     steps: list[dict[str, Any]] = [{"totals": [1000_000, 0]}]
     for number in range(5000):
         steps += [{"message": f"message {number} " + "x" * 500}]
-    path = await client.pull(tracking.script("chatty", *steps, {"result": {"changed": True}}))
+    said = tmp_path / "said"
+    steps += [{"touch": str(said)}, {"result": {"changed": True}}]
+    path = await client.pull(tracking.script("chatty", *steps))
     bus.freeze()
-    await asyncio.sleep(3)
+    async with asyncio.timeout(PATIENCE):
+        while not said.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     bus.thaw()
     assert (await client.removed(path))[3] == "done"
     assert (await client.job(path))["Message"].startswith("message 4999 ")

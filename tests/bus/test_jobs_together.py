@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from hostimage_dbus.errors import ErrorName
-from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
+from hostimage_dbus.names import (
+    BUS_NAME,
+    DEPLOYMENT_INTERFACE,
+    JOB_INTERFACE,
+    MANAGER_INTERFACE,
+    ROOT_PATH,
+    deployment_path,
+)
 from hostimage_testing.bus import Bus, Client, Daemon, connected, ended, error_of, steps_until
 from hostimage_testing.polkit_double import Answer, PolkitDouble
 from hostimage_testing.users import NEEDS_ROOT, SOMEBODY, user
@@ -162,6 +169,25 @@ async def test_a_user_withdraws_without_polkit_and_others_need_it(
             await one.cancel(path)
             assert len(polkit.checks) == asked + 1
         assert (await client.removed(path))[3] == "cancelled"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+async def test_polkit_is_told_which_deployment_a_cancelled_job_is_about(
+    daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
+) -> None:
+    one, other = "a" * 128, "b" * 128
+    daemon.findings(deployments=[{"id": one}, {"id": other}])
+    await daemon.start()
+    await client.until(lambda: len(client.named("InterfacesAdded")) == 2)
+    await _running(client, await client.pull(daemon.script("busy", *steps_until(tmp_path / "never"))))
+    (path,) = await client.connection.call(
+        BUS_NAME, deployment_path(one), DEPLOYMENT_INTERFACE, "Delete", "a{sv}", [{}]
+    )
+    async with PolkitDouble.connect(bus.address, Answer.NO) as polkit, user(bus) as stranger:
+        assert (await error_of(stranger.cancel(path))).name == ErrorName.ACCESS_DENIED
+        (check,) = polkit.checks
+        assert check.details == {"operation": "cancel", "deployment": one}
 
 
 @pytest.mark.root

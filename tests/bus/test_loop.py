@@ -99,6 +99,7 @@ async def serving(
         made = Service(
             connection,
             tasks,
+            tasks,
             interfaces=interfaces,
             paths=HostPaths.scratch(root),
             settings=Settings(verity="opportunistic"),

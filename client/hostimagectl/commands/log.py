@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostimage_dbus.errors import EXIT_OK
+from hostimage_dbus.names import LOG_CONTROL_INTERFACE, LOG_CONTROL_PATH
 from hostimagectl import service
 from hostimagectl.output import printable
-from hostimagectl.service import LOG_INTERFACE, LOG_PATH
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +22,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> int:
         if level is not None:
             await daemon.set_log_level(level)
         else:
-            level = await daemon.property_text(LOG_PATH, LOG_INTERFACE, "LogLevel")
+            level = await daemon.property_text(LOG_CONTROL_PATH, LOG_CONTROL_INTERFACE, "LogLevel")
     if console.as_json:
         console.json({"level": level})
     elif arguments.level is None or not console.quiet:

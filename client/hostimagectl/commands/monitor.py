@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import BUS_NAME, ROOT_PATH
-from hostimage_dbus.transport import BusClosed, BusError
+from hostimage_dbus.transport import BUS, BusClosed, BusError
 from hostimagectl import service
 from hostimagectl.events import Event, Narrator, event_of, now
 from hostimagectl.failure import Failure
-from hostimagectl.service import BUS
 
 if TYPE_CHECKING:
     import argparse

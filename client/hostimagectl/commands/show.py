@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostimage_dbus.errors import EXIT_OK
+from hostimage_dbus.names import DEPLOYMENT_INTERFACE
 from hostimagectl import service
 from hostimagectl.output import text_of
 from hostimagectl.results import fields
-from hostimagectl.service import DEPLOYMENT_INTERFACE
 
 if TYPE_CHECKING:
     import argparse

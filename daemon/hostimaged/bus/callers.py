@@ -33,6 +33,7 @@ class Callers:
         self._connection = connection
         self._tasks = tasks
         self._known: OrderedDict[str, Caller] = OrderedDict()
+        self._units: OrderedDict[str, str] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         self._asking: dict[str, asyncio.Task[Caller | None]] = {}
 
@@ -61,13 +62,22 @@ class Callers:
             raise AccessDenied("the bus does not say who calls")
         return caller
 
-    async def unit(self, caller: Caller) -> str:
-        """The systemd unit that the caller's process is in, for people; "" if it cannot be found out."""
+    async def learn_unit(self, caller: Caller) -> None:
+        """Find out the systemd unit that the caller's process is in, for ``unit``."""
+        if caller.name in self._units:
+            self._units.move_to_end(caller.name)
+            return
         try:
             pid = await self._connection.process_id(caller.name, _LOOKUP_TIMEOUT)
         except BusError:
-            return ""
-        return await asyncio.to_thread(unit_of_process, pid, caller.uid)
+            return
+        self._units[caller.name] = await asyncio.to_thread(unit_of_process, pid, caller.uid)
+        while len(self._units) > _REMEMBERED:
+            self._units.popitem(last=False)
+
+    def unit(self, caller: Caller) -> str:
+        """The unit as it was learned, for people; "" if it could not be found out."""
+        return self._units.get(caller.name, "")
 
     async def _ask(self, name: str) -> Caller | None:
         try:

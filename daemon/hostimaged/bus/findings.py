@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hostimaged.errors import printable
+
+#: Rows of a kind that are told each as a problem of its own, and characters of their names.
+_TOLD: Final = 8
+_NAME: Final = 128
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 53)]
 #: No D-Bus message holds a NUL: the bus ends the connection that sends one.
 _Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+
+#: Not made of ``_Text``: of two patterns for one field only the inner one would count.
+_Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32,128}$")]
 
 
 def _hyphens(name: str) -> str:
     return name.replace("_", "-")
 
 
-class _Found(BaseModel):
+class Hyphened(BaseModel):
+    """What a worker tells: names have hyphens there, and what is not known is ignored."""
+
     model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens, populate_by_name=True)
 
 
-class ImageRow(_Found):
+class ImageRow(Hyphened):
     """An image of the repository; None where unknown. ``pulled`` is in seconds since the epoch."""
 
     tag: _Text | None = None
@@ -36,7 +47,7 @@ class ImageRow(_Found):
     problem: _Text | None = None
 
 
-class RepositoryRow(_Found):
+class RepositoryRow(Hyphened):
     """The repository; ``used`` is in bytes."""
 
     algorithm: _Text
@@ -45,7 +56,7 @@ class RepositoryRow(_Found):
     used: _Size
 
 
-class Problem(_Found):
+class Problem(Hyphened):
     """Something wrong on this host."""
 
     id: _Text
@@ -53,13 +64,13 @@ class Problem(_Found):
     text: _Text
 
 
-class DeploymentRow(_Found):
+class DeploymentRow(Hyphened):
     """An installed operating system; ``timestamp`` is in microseconds since the epoch, 0 unknown.
 
     ``verity`` and ``boot_type`` as the properties of a Deployment on the bus.
     """
 
-    id: _Text = Field(pattern=r"^[0-9a-f]{32,128}$")
+    id: _Id
     image: _Text = ""
     image_digest: _Text = ""
     config_digest: _Text = ""
@@ -84,7 +95,7 @@ class DeploymentRow(_Found):
     problems: list[Problem] = Field(default_factory=list)
 
 
-class HostRow(_Found):
+class HostRow(Hyphened):
     """The host as a whole; ``next`` is the id of what an orderly reboot boots, or empty."""
 
     bootloader: _Text
@@ -96,7 +107,7 @@ class HostRow(_Found):
     read_only: bool = False
 
 
-class Findings(_Found):
+class Findings(Hyphened):
     """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc."""
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
@@ -107,3 +118,51 @@ class Findings(_Found):
     repository: RepositoryRow | None = None
     images: list[ImageRow] = Field(default_factory=list)
     problems: list[Problem] = Field(default_factory=list)
+
+
+_Row = TypeVar("_Row", ImageRow, DeploymentRow)
+
+
+def take_findings(status: dict[str, Any]) -> Findings:
+    """What a scan found; a deployment or an image that cannot be told of costs a problem, not the rest.
+
+    Raises ``ValidationError`` if anything else is not as it should be.
+    """
+    problems: list[Problem] = []
+    rows = {
+        "deployments": _good(DeploymentRow, "deployment", ("id",), status.get("deployments", []), problems),
+        "images": _good(ImageRow, "image", ("tag", "manifest-digest"), status.get("images", []), problems),
+    }
+    found = Findings.model_validate(status | rows)
+    return found.model_copy(update={"problems": [*found.problems, *problems]})
+
+
+def _good(
+    model: type[_Row], what: str, names: tuple[str, ...], rows: object, problems: list[Problem]
+) -> list[_Row] | object:
+    """Those of ``rows`` that are right; ``rows`` itself if it is no list."""
+    if not isinstance(rows, list):
+        return rows
+    good: list[_Row] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            good.append(model.model_validate(row))
+        except ValidationError as error:
+            bad.append(f"{_name(row, names)} cannot be shown: {_reason(error)}")
+    if len(bad) > _TOLD:
+        bad[_TOLD:] = [f"and {len(bad) - _TOLD} more like it"]
+    problems += [Problem(id=what, text=f"{what} {text}") for text in bad]
+    return good
+
+
+def _name(row: object, names: tuple[str, ...]) -> str:
+    known = [row.get(name) for name in names] if isinstance(row, dict) else []
+    return next(
+        (printable(name)[:_NAME] for name in known if isinstance(name, str) and name), "without a name"
+    )
+
+
+def _reason(error: ValidationError) -> str:
+    detail = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}"

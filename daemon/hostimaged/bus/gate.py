@@ -13,7 +13,7 @@ from hostimaged.oci.reference import ImageReference
 from hostimaged.oci.trust import source_trust
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from hostimage_dbus.transport import MethodCall
     from hostimaged.bus.callers import Callers
@@ -36,6 +36,10 @@ class Sessions(Protocol):
         """Whether users other than ``uid`` are; True as well if that is not known."""
 
 
+async def _nothing(_: Caller) -> None:
+    """Nothing is to be learned of the caller."""
+
+
 class Gate:
     """Lets callers in whom ``authority`` allows what they ask for on the host with ``paths``.
 
@@ -55,18 +59,21 @@ class Gate:
         call: MethodCall,
         prepare: Callable[[], Request],
         joined: Callable[[Caller], bool] = lambda _: False,
+        learn: Callable[[Caller], Awaitable[None]] = _nothing,
     ) -> AsyncIterator[tuple[Caller, Request]]:
         """The caller and the request, while the call is carried out.
 
         ``prepare`` makes the request from what is known now and raises what is wrong with it; it is called
         before anybody is asked and again after every wait, so that what is let in is what was authorised.
-        ``joined``: whether the caller asked for the job that is to be cancelled.
+        ``joined``: whether the caller asked for the job that is to be cancelled. ``learn`` finds out what
+        carrying it out needs to know of the caller, so that nothing is waited for afterwards.
 
         Raises ``AccessDenied``, ``AuthorizationRequired`` and ``LimitsExceeded``.
         """
         prepare()
         caller = await self._callers.identify(call.sender)
         with self._under_way.held(caller.uid):
+            await learn(caller)
             yield caller, await self._authorized(call, caller, prepare, joined)
 
     async def only_root(self, call: MethodCall) -> Caller:

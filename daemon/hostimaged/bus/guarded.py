@@ -67,7 +67,7 @@ class GuardedMethods:
         """
         await self._known()
         prepare = partial(make_request, member, call.body, self._model, deployment)
-        async with self._gate.passed(call, prepare) as (caller, request):
+        async with self._gate.passed(call, prepare, learn=self._callers.learn_unit) as (caller, request):
             refuse_unbuilt(request)
             match member:
                 case Member.HOLD_UPDATES:
@@ -81,10 +81,9 @@ class GuardedMethods:
     async def _start(self, request: Request, caller: Caller) -> str:
         """Path of the job that does what is asked for."""
         options = request.options
-        unit = await self._callers.unit(caller)
         job = await self._queue.submit(
             operation_of(request, self._model.settings),
-            Initiator(caller.uid, options.get("client-id", ""), caller.name, unit),
+            Initiator(caller.uid, options.get("client-id", ""), caller.name, self._callers.unit(caller)),
             Terms(
                 background=options.get("background", False),
                 allow_metered=options.get("allow-metered", False),

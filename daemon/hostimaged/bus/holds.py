@@ -8,14 +8,14 @@ The latter is kept in a file of the run directory over restarts of the daemon, a
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hostimaged.errors import InvalidArgs
+from hostimaged.jobs.boot_file import BootFile, OfBoot
 from hostimaged.jobs.job import now_usec
 from hostimaged.log import get_logger
-from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +34,7 @@ _REASONS: Final = {
 _logger = get_logger("hostimaged.bus")
 
 
-class _Hold(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    version: Literal[1] = 1
-    boot_id: str = ""
+class _Hold(OfBoot):
     until: int = Field(default=0, ge=0, lt=1 << 64)
     reason: str = Field(default="", max_length=4096)
 
@@ -47,8 +43,7 @@ class Holds:
     """The holds on background jobs; ``changed`` is called when one begins or ends."""
 
     def __init__(self, path: Path, boot_id: str) -> None:
-        self._path = path
-        self._boot_id = boot_id
+        self._file = BootFile(path, _Hold, boot_id, limit=_MAX_FILE)
         self._hold = _Hold()
         self._held = False
         self._conditions: list[str] = []
@@ -59,14 +54,11 @@ class Holds:
     def load(self) -> None:
         """Read the file; blocks. One of another boot, or a damaged one, counts as missing."""
         try:
-            with self._path.open("rb") as stream:
-                hold = _Hold.model_validate_json(stream.read(_MAX_FILE))
-        except FileNotFoundError:
-            return
+            hold = self._file.load()
         except (OSError, ValidationError) as error:
             _logger.warning("hold.unreadable", error=type(error).__name__)
             return
-        if hold.boot_id == self._boot_id:
+        if hold is not None:
             self._hold = hold
             self._held = hold.until > now_usec()
 
@@ -108,9 +100,9 @@ class Holds:
         if until and until <= now_usec():
             raise InvalidArgs("the end of the hold is in the past")
         async with self._writing:
-            hold = _Hold(boot_id=self._boot_id, until=until, reason=reason if until else "")
+            hold = _Hold(until=until, reason=reason if until else "")
             try:
-                await asyncio.to_thread(replace_file, self._path, hold.model_dump_json().encode(), 0o644)
+                await asyncio.to_thread(self._file.save, self._file.encode(hold))
             except OSError as error:
                 # It holds all the same, as long as this daemon runs.
                 _logger.warning("hold.save-failed", error=error.strerror)

@@ -45,7 +45,13 @@ class JobObjects:
             options = parse_options(Member.CANCEL, call.body[0])
             if not job.cancellable:
                 raise JobNotCancellable(f"job {job.id} is {job.state}")
-            return Request(Member.CANCEL, options, reference=job.target, arguments=(job.id,))
+            return Request(
+                Member.CANCEL,
+                options,
+                reference=getattr(job.operation, "reference", ""),
+                deployment=getattr(job.operation, "deployment", None) or "",
+                arguments=(job.id,),
+            )
 
         async def cancel(call: MethodCall) -> Sequence[Any]:
             async with self._gate.passed(

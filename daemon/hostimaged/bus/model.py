@@ -5,7 +5,7 @@ Nothing here works or waits; every value is in memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState, Phase
 from hostimage_dbus.transport import Encoded
@@ -14,6 +14,7 @@ from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
 from hostimaged.errors import InvalidReference
+from hostimaged.jobs.kinds import KINDS
 from hostimaged.oci.reference import ImageReference
 
 if TYPE_CHECKING:
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
-
-#: What the daemon is doing while a job of this kind runs (property State).
-STATES: Final = {
-    "check": "checking",
-    "diff": "checking",
-    "pull": "pulling",
-    "upgrade": "pulling",
-    "switch": "pulling",
-    "stage": "staging",
-    "kargs": "staging",
-    "rollback": "staging",
-    "unstage": "staging",
-    "pin": "staging",
-    "recover": "staging",
-    "delete": "collecting",
-}
 
 
 class Model:
@@ -167,7 +152,7 @@ class Model:
         active = self._queue.active
         if active is not None:
             # An update pulls, then stages.
-            return "staging" if active.phase is Phase.STAGING else STATES[active.kind]
+            return "staging" if active.phase is Phase.STAGING else KINDS[active.kind].state
         held = any(job.state is JobState.HELD for job in self._queue.waiting)
         return "held" if held else "idle"
 

@@ -51,8 +51,9 @@ _logger = get_logger("hostimaged.bus")
 
 
 class Service:
-    """Serves ``connection`` until ``stop``; all its tasks belong to ``tasks``.
+    """Serves ``connection`` until ``stop``; its tasks belong to ``tasks``, those of calls to ``calls``.
 
+    After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
     ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
     block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
     """
@@ -61,6 +62,7 @@ class Service:
         self,
         connection: Connection,
         tasks: asyncio.TaskGroup,
+        calls: asyncio.TaskGroup,
         *,
         interfaces: Mapping[str, Interface],
         paths: HostPaths,
@@ -85,9 +87,9 @@ class Service:
         self._updates = updates
         self._load_settings = load_settings
         self._reloading = asyncio.Lock()
-        self._server = ObjectServer(connection, ROOT_PATH, tasks, interfaces, translate)
-        authority = Authority(connection, tasks, own_uid=os.geteuid())
-        callers = Callers(connection, tasks)
+        self._server = ObjectServer(connection, ROOT_PATH, calls, interfaces, translate)
+        authority = Authority(connection, calls, own_uid=os.geteuid())
+        callers = Callers(connection, calls)
         self._logind = Logind(connection)
         gate = Gate(callers, authority, self._logind, paths)
         self._inhibitors = Inhibitors(self._logind.inhibit, tasks)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import API_VERSION
 from hostimage_dbus.transport import Encoded, Variant
-from hostimaged.bus.findings import Findings, Problem
+from hostimaged.bus.findings import Findings, Problem, take_findings
 from hostimaged.jobs.events import StatusEvent
 from hostimaged.jobs.operations import Scan
 from hostimaged.log import get_logger
@@ -54,7 +54,7 @@ class _Prepared:
 
 def _prepare(status: dict[str, Any]) -> _Prepared:
     """Check what a scan found, and make the answers. Takes a while for many images, so not in the loop."""
-    findings = Findings.model_validate(status)
+    findings = take_findings(status)
     rows = [row.model_dump(by_alias=True, exclude_none=True) for row in findings.images]
     return _Prepared(
         findings,

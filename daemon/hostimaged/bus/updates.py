@@ -12,14 +12,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hostimage_dbus.errors import ErrorName  # noqa: TC001 (pydantic reads annotations)
 from hostimage_dbus.names import JobState
+from hostimaged.bus.findings import Hyphened
+from hostimaged.jobs.boot_file import BootFile, OfBoot
 from hostimaged.log import get_logger
 from hostimaged.oci.links import is_web_page
 from hostimaged.oci.reference import MAX_LENGTH
-from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,14 +40,8 @@ _Size = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 _logger = get_logger("hostimaged.bus")
 
 
-def _hyphens(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class _Found(BaseModel):
+class _Found(Hyphened):
     """The part of the result of a check that is used; None where it says nothing."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", alias_generator=_hyphens, populate_by_name=True)
 
     manifest_digest: _Digest | None = None
     source_digest: _Digest | None = None
@@ -64,13 +59,9 @@ class _Found(BaseModel):
         return told
 
 
-class _Check(BaseModel):
+class _Check(OfBoot):
     """The last check; ``found`` is what the last one that was not in vain found."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    version: Literal[1] = 1
-    boot_id: str = ""
     image: _Line = ""
     time: _Size = 0
     error: ErrorName | Literal[""] = ""
@@ -82,29 +73,22 @@ class Updates:
     """Remembers the last check of the tracked image, in the file ``path``."""
 
     def __init__(self, path: Path, boot_id: str) -> None:
-        self._path = path
-        self._check = _Check(boot_id=boot_id)
+        self._file = BootFile(path, _Check, boot_id, limit=_MAX_FILE)
+        self._check = _Check()
         self._writing = asyncio.Lock()
 
     def load(self) -> None:
         """Read the file; blocks. One of another boot, or a damaged one, counts as missing."""
         try:
-            with self._path.open("rb") as stream:
-                check = _Check.model_validate_json(stream.read(_MAX_FILE))
-        except FileNotFoundError:
-            return
+            self._check = self._file.load() or self._check
         except (OSError, ValidationError) as error:
             _logger.warning("update.unreadable", error=type(error).__name__)
-            return
-        if check.boot_id == self._check.boot_id:
-            self._check = check
 
     async def save(self) -> None:
         """Write the file; without it only a restart forgets the check, so errors are logged."""
         async with self._writing:
-            content = self._check.model_dump_json(by_alias=True, indent=1).encode() + b"\n"
             try:
-                await asyncio.to_thread(replace_file, self._path, content, 0o644)
+                await asyncio.to_thread(self._file.save, self._file.encode(self._check))
             except OSError as error:
                 _logger.warning("update.save-failed", error=error.strerror)
 
@@ -117,7 +101,6 @@ class Updates:
         try:
             found = known if failure else _Found.model_validate(job.result)
             self._check = _Check(
-                boot_id=self._check.boot_id,
                 image=tracked,
                 time=job.finished,
                 error=failure.name if failure else "",

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hostimaged.errors import Cancelled, Internal, printable
@@ -55,6 +56,7 @@ class Channel:
         self._requests = threading.Condition()
         self._cancelled = False
         self._pausing = False
+        self._pauses = 0
         self._alone = False
         self._bytes = 0
         self._bytes_sent = 0
@@ -81,8 +83,11 @@ class Channel:
             match request:
                 case b"cancel\n":
                     self._cancelled = True
-                case b"pause\n" | b"resume\n":
-                    self._pausing = request == PAUSE
+                case b"pause\n":
+                    self._pausing = True
+                    self._pauses += 1
+                case b"resume\n":
+                    self._pausing = False
                 case b"alone\n":
                     self._alone = True
                 case _:
@@ -132,15 +137,24 @@ class Channel:
         return self._pausing
 
     def rest(self) -> None:
-        """Wait as long as the job is to pause, holding no lock of the repository; raises ``Cancelled``."""
+        """Wait as long as the job is to pause, holding no lock of the repository; raises ``Cancelled``.
+
+        Each pause is answered: between two of them this thread may not have run at all.
+        """
         self.check()
-        if not self._pausing:
-            return
-        self._send(PausedEvent(paused=True))
-        with self._requests:
-            self._requests.wait_for(lambda: self._cancelled or not self._pausing)
-        self.check()
-        self._send(PausedEvent(paused=False))
+        rested = False
+        while self._pausing:
+            rested = True
+            answered = self._pauses
+            self._send(PausedEvent(paused=True))
+            with self._requests:
+                self._requests.wait_for(partial(self._may_go_on, answered))
+            self.check()
+        if rested:
+            self._send(PausedEvent(paused=False))
+
+    def _may_go_on(self, answered: int) -> bool:
+        return self._cancelled or not self._pausing or self._pauses != answered
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Variant
 from hostimaged.log import get_logger
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from hostimage_dbus.transport import Connection
 
-_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _TIMEOUT: Final = 10.0
 #: Seconds between two looks, so that a service that changes its mind all the time costs little.
 _PAUSE: Final = 0.2
@@ -82,7 +82,7 @@ class Watch:
         try:
             await self._connection.add_match(
                 f"type='signal',sender='{condition.name}',path='{condition.path}',"
-                f"interface='{_PROPERTIES}',member='PropertiesChanged',arg0='{condition.interface}'"
+                f"interface='{PROPERTIES_INTERFACE}',member='PropertiesChanged',arg0='{condition.interface}'"
             )
             await self._connection.add_match(
                 f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',"
@@ -110,23 +110,26 @@ class Watch:
 
     async def _find_owner(self) -> str:
         try:
-            (owner,) = await self._connection.call(
+            reply = await self._connection.call(
                 BUS, BUS_PATH, BUS, "GetNameOwner", "s", [self._condition.name], timeout=_TIMEOUT
             )
         except BusClosed:
             raise
         except BusError:
             return ""
-        return str(owner)
+        match reply:
+            case [str(owner)]:
+                return owner
+        return ""
 
     async def _look(self, owner: str) -> bool:
         """Ask the owner itself: a call to its name might start a service that has just ended."""
         condition = self._condition
         try:
-            (value,) = await self._connection.call(
+            reply = await self._connection.call(
                 owner,
                 condition.path,
-                _PROPERTIES,
+                PROPERTIES_INTERFACE,
                 "Get",
                 "ss",
                 [condition.interface, condition.member],
@@ -137,8 +140,11 @@ class Watch:
         except BusError as error:
             _logger.info("condition.unknown", reason=condition.reason, error=error.name)
             return False
-        good = isinstance(value, Variant) and value.signature == condition.signature
-        return good and value.value in condition.values
+        match reply:
+            case [Variant() as value] if value.signature == condition.signature:
+                return value.value in condition.values
+        _logger.info("condition.malformed", reason=condition.reason)
+        return False
 
     def _heard(self, path: str, interface: str, member: str, body: list[Any], sender: str) -> None:
         if sender == BUS and (interface, member) == (BUS, "NameOwnerChanged"):

@@ -9,15 +9,15 @@ belongs to one boot: ids start again with the next one. Everything here that tou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState
 from hostimaged.errors import Internal
+from hostimaged.jobs.boot_file import BootFile, OfBoot
 from hostimaged.jobs.job import Failure, now_usec
-from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,11 +88,7 @@ class JobRecord(BaseModel):
             return Failure(ErrorName.INTERNAL, self.message)
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    version: Literal[1] = 1
-    boot_id: str = ""
+class _File(OfBoot):
     next_id: int = Field(default=1, ge=1, lt=1 << 62)
     active: list[JobRecord] = Field(default_factory=list, max_length=1000)
     results: list[JobRecord] = Field(default_factory=list, max_length=1000)
@@ -107,8 +103,7 @@ class History:
     """
 
     def __init__(self, path: Path, boot_id: str) -> None:
-        self._path = path
-        self._boot_id = boot_id
+        self._file = BootFile(path, _File, boot_id, limit=_MAX_FILE, mode=0o600)
         self._next_id = 1
         self.results: list[JobRecord] = []
         self.orphans: list[JobRecord] = []
@@ -118,15 +113,13 @@ class History:
     def load(self) -> None:
         """Read the file; one of another boot counts as missing, a damaged one is told in ``problem``."""
         try:
-            with self._path.open("rb") as stream:
-                raw = stream.read(_MAX_FILE + 1)
-            content = _File.model_validate_json(raw)
-        except FileNotFoundError:
-            return
+            content = self._file.load()
         except (OSError, ValidationError) as error:
-            self.problem = f"{self._path.name} cannot be read ({type(error).__name__}): job ids start again"
+            self.problem = (
+                f"{self._file.path.name} cannot be read ({type(error).__name__}): job ids start again"
+            )
             return
-        if content.boot_id != self._boot_id:
+        if content is None:
             return
         self._next_id = content.next_id
         interrupted = [record.interrupted() for record in content.active]
@@ -153,17 +146,16 @@ class History:
     def snapshot(self, active: list[Job]) -> bytes:
         """The file's content with ``active`` as the jobs that wait or run."""
         content = _File(
-            boot_id=self._boot_id,
             next_id=self._next_id,
             active=[JobRecord.of(job) for job in active],
             results=self.results,
             untold=[record.id for record in self.results if record.id in self._untold],
         )
-        return content.model_dump_json(indent=1).encode() + b"\n"
+        return self._file.encode(content)
 
     def save(self, content: bytes) -> None:
         """Replace the file. May run in any thread. Raises ``OSError``."""
-        replace_file(self._path, content, 0o600)
+        self._file.save(content)
 
     def _remember(self, record: JobRecord) -> None:
         self.results = [*self.results, record][-KEPT_RESULTS:]

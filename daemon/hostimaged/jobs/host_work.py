@@ -132,19 +132,14 @@ def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict
 
     ``diff`` is the whole as JSON text (``hostimaged.host.diff``), beside it are its numbers.
     """
-    from hostimaged.composefs.repository import Repository
     from hostimaged.host import diff as comparison
     from hostimaged.host.read import read_host
     from hostimaged.host.session import optional_verity
-    from hostimaged.jobs.slices import Slices
+    from hostimaged.jobs.slices import reading
 
-    with Repository.open(
-        paths.repository,
-        lock_timeout=operation.lock_timeout,
-        insecure=optional_verity(paths),
-        check=channel.check,
-    ) as repository:
-        slices = Slices(repository, channel, lock_timeout=operation.lock_timeout)
+    with reading(
+        paths.repository, channel, lock_timeout=operation.lock_timeout, insecure=optional_verity(paths)
+    ) as (repository, slices):
         document = comparison.diff(
             repository,
             read_host(paths, repository),

@@ -147,7 +147,10 @@ class Job:
         self.progress = Progress(time.monotonic())
 
     def hold(self, reasons: tuple[str, ...]) -> bool:
-        """It waits, and is held for ``reasons`` if there are any; tells whether that is new."""
+        """If it waits, it is held for ``reasons`` if there are any; tells whether that is new."""
+        if self.state not in (JobState.QUEUED, JobState.HELD):
+            # Cancelled, but not taken from those that wait yet.
+            return False
         if reasons == self.hold_reasons:
             return False
         self.hold_reasons = reasons

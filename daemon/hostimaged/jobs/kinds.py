@@ -1,4 +1,4 @@
-"""What each kind of job does with the repository: the one table of it.
+"""Kinds of jobs: what each does with the repository, and what it is called meanwhile. The one table of them.
 
 The lock of the repository is shared by whoever adds or reads content, and exclusive to whoever removes some
 or writes what boots (``Repository``). A job that reads for an hour must not keep another from a moment of
@@ -7,6 +7,7 @@ exclusiveness, so readers of ours hold the lock in slices, and pause when they a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
@@ -24,24 +25,32 @@ class Access(Enum):
     ALONE = "alone"
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of job. ``state``: what the daemon is doing while one runs (property State of the Manager)."""
+
+    access: Access
+    state: str
+
+
 #: By kind of job, those that later versions will have included.
-ACCESS: Final = {
-    "check": Access.UNLOCKED,
-    "scan": Access.UNLOCKED,
-    "verify": Access.SLICES,
-    "diff": Access.SLICES,
-    "explain": Access.SLICES,
-    "pull": Access.SHARED,
-    "upgrade": Access.ALONE,
-    "stage": Access.ALONE,
-    "switch": Access.ALONE,
-    "rollback": Access.ALONE,
-    "unstage": Access.ALONE,
-    "delete": Access.ALONE,
-    "collect": Access.ALONE,
-    "repair": Access.ALONE,
-    "pin": Access.ALONE,
-    "kargs": Access.ALONE,
-    "unify": Access.ALONE,
-    "recover": Access.ALONE,
+KINDS: Final = {
+    "check": Kind(Access.UNLOCKED, "checking"),
+    "scan": Kind(Access.UNLOCKED, "checking"),
+    "verify": Kind(Access.SLICES, "verifying"),
+    "diff": Kind(Access.SLICES, "checking"),
+    "explain": Kind(Access.SLICES, "checking"),
+    "pull": Kind(Access.SHARED, "pulling"),
+    "upgrade": Kind(Access.ALONE, "pulling"),
+    "stage": Kind(Access.ALONE, "staging"),
+    "switch": Kind(Access.ALONE, "pulling"),
+    "rollback": Kind(Access.ALONE, "staging"),
+    "unstage": Kind(Access.ALONE, "staging"),
+    "delete": Kind(Access.ALONE, "collecting"),
+    "collect": Kind(Access.ALONE, "collecting"),
+    "repair": Kind(Access.ALONE, "verifying"),
+    "pin": Kind(Access.ALONE, "staging"),
+    "kargs": Kind(Access.ALONE, "staging"),
+    "unify": Kind(Access.ALONE, "pulling"),
+    "recover": Kind(Access.ALONE, "staging"),
 }

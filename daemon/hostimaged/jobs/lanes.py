@@ -14,7 +14,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from hostimage_dbus.names import JobState
-from hostimaged.jobs.kinds import ACCESS, Access
+from hostimaged.jobs.kinds import KINDS, Access
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -35,7 +35,7 @@ class Lane(IntEnum):
 
 def in_slices(job: Job) -> bool:
     """Whether the job holds the lock of the repository in slices, and pauses when it is asked to."""
-    return ACCESS[job.kind] is Access.SLICES
+    return KINDS[job.kind].access is Access.SLICES
 
 
 def lane_of(job: Job) -> Lane:

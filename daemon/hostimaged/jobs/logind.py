@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.descriptors import call_for_descriptor
 from hostimage_dbus.errors import ErrorName
+from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import BusError, Variant
 from hostimaged.log import get_logger
 
@@ -23,7 +24,6 @@ NAME: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
 SESSION: Final = "org.freedesktop.login1.Session"
-_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 #: Seconds logind gets. It answers at once, or is being started.
 _TIMEOUT: Final = 10.0
 #: Sessions of others that are looked at; that so many are nobody's is not to be believed.
@@ -79,7 +79,7 @@ class Logind:
 
     async def _counts(self, path: str) -> bool:
         try:
-            (value,) = await self._call(path, _PROPERTIES, "Get", "ss", [SESSION, "Class"])
+            (value,) = await self._call(path, PROPERTIES_INTERFACE, "Get", "ss", [SESSION, "Class"])
         except BusError as error:
             # A session may end between two looks.
             if error.name == ErrorName.UNKNOWN_OBJECT:

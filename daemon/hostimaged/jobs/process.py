@@ -119,13 +119,15 @@ class Worker:
     async def _run_one(self, operation: Operation, on_event: Callable[[Event], None]) -> Outcome:
         if self._cancelled.is_set():
             return _cancelled()
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            return _not_started(error)
         try:
             process = await self._spawn(operation, theirs)
         except OSError as error:
             ours.close()
-            _logger.warning("worker.start-failed", error=error.strerror)
-            return Outcome(failure=Failure(ErrorName.INTERNAL, "the worker process could not be started"))
+            return _not_started(error)
         finally:
             theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_EVENT)
@@ -233,6 +235,11 @@ def _kill(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
     if process.returncode is None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
+
+
+def _not_started(error: OSError) -> Outcome:
+    _logger.warning("worker.start-failed", error=error.strerror)
+    return Outcome(failure=Failure(ErrorName.INTERNAL, "the worker process could not be started"))
 
 
 def _cancelled() -> Outcome:

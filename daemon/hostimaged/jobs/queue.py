@@ -96,6 +96,9 @@ class JobQueue:
         self._submitting = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._stopping = False
+        self._ending: set[int] = set()
+        self._none_ending = asyncio.Event()
+        self._none_ending.set()
 
     @property
     def active(self) -> Job | None:
@@ -125,11 +128,10 @@ class JobQueue:
 
         A new job is written down, then announced, then run when its turn comes. What the caller's ``terms``
         allow has been authorised. Raises ``Busy`` or ``Held`` if it would have to wait and ``queue`` is
-        False, ``LimitsExceeded`` if too many jobs wait.
+        False, ``LimitsExceeded`` if too many jobs wait, ``Cancelled`` if the queue stops.
         """
         async with self._submitting:
-            if self._stopping:
-                raise Cancelled("the service is stopping")
+            self._check_accepting()
             if join and (equal := self._lanes.equal(operation.identity)) is not None:
                 self._join(equal, initiator, terms)
                 return equal
@@ -146,12 +148,22 @@ class JobQueue:
                 await self.save()
             finally:
                 self._entering = None
+            try:
+                self._check_accepting()
+            except Cancelled:
+                # Not to be found by the next daemon, which would announce the end of what nobody knows.
+                await self.save()
+                raise
             job.hold(terms.obeyed(self._holds))
             self._lanes.add(job)
             _logger.info("job.new", id=job.id, kind=job.kind, target=job.target, uid=initiator.uid)
             self._observer.job_added(job)
             self._reconsider()
             return job
+
+    def _check_accepting(self) -> None:
+        if self._stopping:
+            raise Cancelled("the service is stopping")
 
     def _check_room(self, operation: Operation, uid: int) -> None:
         if operation.one_per_user and uid != 0 and self._lanes.has_kind(operation.kind, uid):
@@ -231,12 +243,19 @@ class JobQueue:
                 await self._wake.wait()
 
     async def stop(self) -> None:
-        """Accept no more jobs and cancel all; ``run`` returns when those that run have ended."""
+        """Accept no more jobs and cancel all; ``run`` returns when those that run have ended.
+
+        By then the ends of those that waited are announced, whoever cancelled them.
+        """
         self._stopping = True
         self._wake.set()
         for job in self.jobs:
             if job.cancellable:
                 await self.cancel(job)
+        await self._none_ending.wait()
+        async with self._submitting:
+            # Nor is one being accepted.
+            pass
 
     async def _run_one(self, job: Job, worker: Worker) -> None:
         if job.state is JobState.QUEUED:
@@ -286,6 +305,16 @@ class JobQueue:
         return True
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:
+        self._ending.add(job.id)
+        self._none_ending.clear()
+        try:
+            await self._end(job, outcome)
+        finally:
+            self._ending.discard(job.id)
+            if not self._ending:
+                self._none_ending.set()
+
+    async def _end(self, job: Job, outcome: Outcome) -> None:
         state, failure = _end_state(outcome.failure), outcome.failure
         job.result = outcome.result
         job.finish(state, failure)

@@ -6,10 +6,13 @@ Between two slices anybody may remove what is not referenced any more, so what w
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from hostimaged.composefs.repository import Repository
     from hostimaged.jobs.channel import Channel
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 SLICE: Final = 1.0
 #: Seconds between two slices: whoever waits for the lock tries again within a tenth of a second.
 GAP: Final = 0.15
+
+_Taken = TypeVar("_Taken")
 
 
 class _Interrupted(Exception):
@@ -57,18 +62,39 @@ class Slices:
         self._repository.unlock()
         if not self._channel.pausing:
             time.sleep(GAP)
-        while True:
-            self._channel.rest()
-            try:
-                self._repository.relock(
-                    exclusive=False, lock_timeout=self._lock_timeout, check=self._while_waiting
-                )
-            except _Interrupted:
-                continue
-            self._began = self._clock()
-            return
+        _unless_pausing(
+            self._channel, partial(self._repository.relock, exclusive=False, lock_timeout=self._lock_timeout)
+        )
+        self._began = self._clock()
 
-    def _while_waiting(self) -> None:
-        self._channel.check()
-        if self._channel.pausing:
+
+@contextmanager
+def reading(
+    path: Path, channel: Channel, *, lock_timeout: float, insecure: bool = False
+) -> Iterator[tuple[Repository, Slices]]:
+    """The repository at ``path`` with its shared lock, and what gives that up now and then.
+
+    As after a break, ``lock_timeout`` does not count while the job pauses. Raises as ``Repository.open``
+    does, and ``Cancelled``.
+    """
+    from hostimaged.composefs.repository import Repository
+
+    opened = _unless_pausing(
+        channel, partial(Repository.open, path, lock_timeout=lock_timeout, insecure=insecure)
+    )
+    with opened as repository:
+        yield repository, Slices(repository, channel, lock_timeout=lock_timeout)
+
+
+def _unless_pausing(channel: Channel, take: Callable[..., _Taken]) -> _Taken:
+    """What ``take``, which waits for the lock, gives; it is given up as long as the job is to pause."""
+
+    def check() -> None:
+        channel.check()
+        if channel.pausing:
             raise _Interrupted
+
+    while True:
+        channel.rest()
+        with suppress(_Interrupted):
+            return take(check=check)

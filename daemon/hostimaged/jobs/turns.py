@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hostimaged.errors import Internal
-from hostimaged.jobs.kinds import ACCESS, Access
+from hostimaged.jobs.kinds import KINDS, Access
 from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Turns:
 
     def ask(self, job: Job, *, wanted: bool) -> None:
         """The job asks for the repository alone, or gives it back; ``Internal`` for a kind that may not."""
-        if wanted and (ACCESS[job.kind] is not Access.ALONE or self._asking is not None):
+        if wanted and (KINDS[job.kind].access is not Access.ALONE or self._asking is not None):
             raise Internal
         if wanted:
             _logger.info("alone.ask", id=job.id)

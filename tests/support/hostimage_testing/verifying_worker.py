@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hostimaged.composefs.repository import Repository
 from hostimaged.jobs import worker
 from hostimaged.jobs.channel import Channel
 from hostimaged.jobs.operations import Check
-from hostimaged.jobs.slices import Slices
+from hostimaged.jobs.slices import reading
 from hostimaged.oci import fsck
 from hostimaged.system.paths import HostPaths
 
@@ -22,8 +21,7 @@ def verify(paths: HostPaths, operation: Check, channel: Channel) -> dict[str, An
     """Verify; the findings of all rounds."""
     stop = Path(operation.reference.removeprefix("dir:"))
     found: list[str] = []
-    with Repository.open(paths.repository, lock_timeout=5) as repository:
-        slices = Slices(repository, channel, lock_timeout=5)
+    with reading(paths.repository, channel, lock_timeout=5) as (repository, slices):
         rounds = 0
         while not stop.exists():
             report = fsck.check(repository, give_up=channel.check, breaks=slices)

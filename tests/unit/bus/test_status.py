@@ -143,11 +143,9 @@ async def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
     "nonsense",
     [
         {"repository": {"algorithm": "x"}},
-        {"images": [{"size": -1}]},
-        {"images": [{"tag": 5}]},
         {"images": "none"},
-        {"images": [{"tag": "a\0"}]},
-        {"images": [{"tag": "\ud800"}]},
+        {"deployments": {}},
+        {"repository": None, "images": [{"tag": 5}], "host": 5},
         {"problems": [{"id": "x", "text": "a\0"}]},
         {"problems": [{"id": "x"}]},
         {"problems": [{"id": "x", "text": "y", "severity": "fatal"}]},
@@ -162,6 +160,43 @@ async def test_nonsense_keeps_what_was_known(bench: Bench, nonsense: dict[str, A
     assert [problem.id for problem in bench.cache.findings.problems] == ["pulls", "scan"]
     await bench.cache.take(bench.cache.begin(), FOUND)
     assert [problem.id for problem in bench.cache.findings.problems] == ["pulls"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"images": [{"tag": "b", "size": -1}]}, "image b cannot be shown: size: "),
+        ({"images": [{"tag": 5}]}, "image without a name cannot be shown: tag: "),
+        ({"images": [{"tag": "a\0"}]}, r"image a\x00 cannot be shown: tag: "),
+        ({"images": [{"tag": "\ud800"}]}, "image "),
+        ({"images": ["row"]}, "image without a name cannot be shown: "),
+        (
+            {"deployments": [{"id": "c" * 128, "timestamp": 1 << 53}]},
+            f"deployment {'c' * 128} cannot be shown: timestamp: ",
+        ),
+        ({"deployments": [{"id": "/"}]}, "deployment / cannot be shown: id: "),
+    ],
+)
+async def test_a_bad_row_costs_a_problem_and_no_more(
+    bench: Bench, bad: dict[str, list[Any]], text: str
+) -> None:
+    good = FOUND | {"deployments": [{"id": "d" * 128}]}
+    status = good | {key: [*bad[key], *good[key]] for key in bad}  # type: ignore[misc]
+    await bench.cache.take(bench.cache.begin(), status)
+    assert len(listed(bench)) == 1
+    assert [row.id for row in bench.cache.findings.deployments] == ["d" * 128]
+    pulls, problem = bench.cache.findings.problems
+    assert (pulls.id, problem.id, problem.severity) == ("pulls", text.split()[0], "error")
+    assert problem.text.startswith(text)
+    assert problem.text.isprintable()
+
+
+async def test_of_many_bad_rows_a_few_are_told(bench: Bench) -> None:
+    await bench.cache.take(bench.cache.begin(), {"images": [{"tag": f"t{n}", "size": -1} for n in range(20)]})
+    texts = [problem.text for problem in bench.cache.findings.problems]
+    assert len(texts) == 9
+    assert texts[7].startswith("image t7 ")
+    assert texts[8] == "image and 12 more like it"
 
 
 async def test_thousands_of_images_hold_nobody_up(bench: Bench, stalls: list[float]) -> None:

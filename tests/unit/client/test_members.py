@@ -14,7 +14,13 @@ import pytest
 import hostimage_dbus
 from hostimage_dbus.errors import EXIT_CODES, EXIT_USAGE, ErrorName
 from hostimage_dbus.introspection import load_shipped
-from hostimage_dbus.names import MANAGER_INTERFACE, ROOT_PATH, job_path
+from hostimage_dbus.names import (
+    DEPLOYMENT_INTERFACE,
+    LOG_CONTROL_PATH,
+    MANAGER_INTERFACE,
+    ROOT_PATH,
+    job_path,
+)
 from hostimage_dbus.transport import BusError, Variant
 from hostimagectl import cli
 from hostimagectl.catalog import COMMANDS, GROUPS, JOB_OPTIONS, find
@@ -22,7 +28,7 @@ from hostimagectl.command import JobCommand
 from hostimagectl.commands import hold, job, log, policy, reload, show
 from hostimagectl.failure import Failure
 from hostimagectl.parser import parser
-from hostimagectl.service import DEPLOYMENT_INTERFACE, LOG_PATH, Service
+from hostimagectl.service import Service
 
 PARSER = parser()
 DEPLOYMENT = "/org/hostimage1/deployments/_" + "ab" * 16
@@ -330,13 +336,13 @@ async def test_reload(connected: Any, make_console: Any) -> None:
 
 
 async def test_log_level(connected: Any, make_console: Any) -> None:
-    connected.properties[LOG_PATH] = {"LogLevel": Variant("s", "info")}
+    connected.properties[LOG_CONTROL_PATH] = {"LogLevel": Variant("s", "info")}
     console = make_console()
     assert await log.run(arguments("log-level"), console) == 0
     assert console.out == "info\n"
     console = make_console(quiet=True)
     assert await log.run(arguments("log-level", "debug"), console) == 0
-    assert connected.properties[LOG_PATH] == {"LogLevel": Variant("s", "debug")}
+    assert connected.properties[LOG_CONTROL_PATH] == {"LogLevel": Variant("s", "debug")}
     assert console.out == ""
 
 

@@ -11,7 +11,8 @@ import pytest_asyncio
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.introspection import Emits, load_shipped, parse
-from hostimage_dbus.server import CALLS_PER_SENDER, PROPERTIES, Export, ObjectServer
+from hostimage_dbus.names import PROPERTIES_INTERFACE
+from hostimage_dbus.server import CALLS_PER_SENDER, Export, ObjectServer
 from hostimage_dbus.transport import BusError, MethodCall, Variant
 
 XML = """<node>
@@ -238,6 +239,30 @@ async def test_a_cancelled_call_is_answered() -> None:
     assert [answer[0] for _, answer in connections[0].answers] == [ErrorName.CANCELLED]
 
 
+class _Stop(Exception):
+    pass
+
+
+async def test_calls_are_answered_when_the_service_stops_before_they_began() -> None:
+    """And those that come after that, with nothing about it in the journal."""
+    fixtures = []
+
+    async def serve() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            fixtures.append(Fixture(tasks))
+            fixtures[0].connection.ask("Wait")
+            raise _Stop
+
+    with pytest.raises(ExceptionGroup):
+        await serve()
+    (fixture,) = fixtures
+    late = fixture.connection.ask("Wait")
+    stopping = (str(ErrorName.CANCELLED), "the service is stopping")
+    assert late == stopping
+    assert [answer for _, answer in fixture.connection.answers] == [stopping, stopping]
+    assert not fixture.server._waiting
+
+
 @pytest.mark.parametrize(
     ("member", "signature", "body", "changes", "name"),
     [
@@ -247,10 +272,10 @@ async def test_a_cancelled_call_is_answered() -> None:
         ("Echo", "s", ["x"], {"path": "/other"}, "UnknownObject"),
         ("Echo", "s", ["x"], {"oversize": True}, "LimitsExceeded"),
         ("Nothing", "", [], {"interface": None}, "UnknownMethod"),
-        ("Get", "ss", [ONE.name, "Nothing"], {"interface": PROPERTIES}, "UnknownProperty"),
-        ("Get", "ss", ["a.b", "Loud"], {"interface": PROPERTIES}, "UnknownInterface"),
-        ("Set", "ssv", [ONE.name, "Loud", None], {"interface": PROPERTIES}, "PropertyReadOnly"),
-        ("GetAll", "s", [ONE.name], {"interface": PROPERTIES, "path": "/org"}, "UnknownInterface"),
+        ("Get", "ss", [ONE.name, "Nothing"], {"interface": PROPERTIES_INTERFACE}, "UnknownProperty"),
+        ("Get", "ss", ["a.b", "Loud"], {"interface": PROPERTIES_INTERFACE}, "UnknownInterface"),
+        ("Set", "ssv", [ONE.name, "Loud", None], {"interface": PROPERTIES_INTERFACE}, "PropertyReadOnly"),
+        ("GetAll", "s", [ONE.name], {"interface": PROPERTIES_INTERFACE, "path": "/org"}, "UnknownInterface"),
         (
             "GetManagedObjects",
             "",
@@ -293,24 +318,28 @@ async def test_a_property_that_can_be_written(fixture: Fixture) -> None:
         Export(ONE, VALUES, {"Echo": fixture.echo, "Wait": fixture.wait}, {"Loud": write})
     fixture.server.export("/two", Export(WRITABLE, {"Level": "info"}, {}, {"Level": write}))
     for value in (Variant("s", "debug"), Variant("u", 1), Variant("s", "bad")):
-        fixture.connection.ask("Set", "ssv", WRITABLE.name, "Level", value, interface=PROPERTIES, path="/two")
+        fixture.connection.ask(
+            "Set", "ssv", WRITABLE.name, "Level", value, interface=PROPERTIES_INTERFACE, path="/two"
+        )
     await fixture.connection.answered(3)
     answers = dict(fixture.connection.answers)
     assert answers[1] == []
     assert answers[2][0] == ErrorName.INVALID_ARGS
     assert answers[3][0] == "org.example.Error.Known"
     assert written == [(":1.1", "debug")]
-    got = fixture.connection.ask("Get", "ss", WRITABLE.name, "Level", interface=PROPERTIES, path="/two")
+    got = fixture.connection.ask(
+        "Get", "ss", WRITABLE.name, "Level", interface=PROPERTIES_INTERFACE, path="/two"
+    )
     assert got[0].value == "debug"
     # Its annotation promises no signal.
     assert fixture.connection.signals == []
 
 
 async def test_properties_without_an_interface_mean_all(fixture: Fixture) -> None:
-    (values,) = fixture.connection.ask("GetAll", "s", "", interface=PROPERTIES)
+    (values,) = fixture.connection.ask("GetAll", "s", "", interface=PROPERTIES_INTERFACE)
     assert {key: value.value for key, value in values.items()} == VALUES
-    assert fixture.connection.ask("Get", "ss", "", "Loud", interface=PROPERTIES)[0].value == 1
-    assert fixture.connection.ask("GetAll", "s", PROPERTIES, interface=PROPERTIES) == [{}]
+    assert fixture.connection.ask("Get", "ss", "", "Loud", interface=PROPERTIES_INTERFACE)[0].value == 1
+    assert fixture.connection.ask("GetAll", "s", PROPERTIES_INTERFACE, interface=PROPERTIES_INTERFACE) == [{}]
 
 
 async def test_signals_have_the_interfaces_signature(fixture: Fixture) -> None:

@@ -158,6 +158,27 @@ def test_pausing(watched: tuple[Channel, socket.socket]) -> None:
     assert not channel.pausing
 
 
+def test_every_pause_is_answered(watched: tuple[Channel, socket.socket]) -> None:
+    channel, ours = watched
+    ours.sendall(PAUSE)
+    until(lambda: channel.pausing)
+    resting = threading.Thread(target=channel.rest)
+    resting.start()
+    ours.settimeout(10)
+    with ours.makefile("rb") as lines:
+        assert json.loads(lines.readline()) == {"event": "paused", "paused": True}
+        # The thread that rests sees nothing of the end of the first pause.
+        with channel._requests:
+            assert channel._take(RESUME)
+            assert channel._take(PAUSE)
+        try:
+            assert json.loads(lines.readline()) == {"event": "paused", "paused": True}
+        finally:
+            ours.sendall(RESUME)
+            resting.join()
+        assert json.loads(lines.readline()) == {"event": "paused", "paused": False}
+
+
 def test_a_pause_ends_with_a_cancellation(watched: tuple[Channel, socket.socket]) -> None:
     channel, ours = watched
     ours.sendall(PAUSE + CANCEL)

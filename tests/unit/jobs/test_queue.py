@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +17,41 @@ from hostimage_dbus.names import JobState, Phase
 from hostimage_testing.queue_bench import Bench
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
 from hostimaged.jobs.events import BytesEvent, PhaseEvent, StatusEvent, TotalsEvent
-from hostimaged.jobs.job import Failure, Initiator, Job
+from hostimaged.jobs.job import Failure, Initiator, Job, Terms
 from hostimaged.jobs.operations import Diff
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_PER_UID
+
+
+class BlockedSave:
+    """Stands for a disk that takes its time: the job file is written when the context is left."""
+
+    def __init__(self, save: Callable[[bytes], None]) -> None:
+        self._save = save
+        self._reached = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.go = threading.Event()
+
+    def __call__(self, content: bytes) -> None:
+        self._loop.call_soon_threadsafe(self._reached.set)
+        assert self.go.wait(10)
+        self._save(content)
+
+    async def reached(self) -> None:
+        async with asyncio.timeout(10):
+            await self._reached.wait()
+
+
+@contextmanager
+def blocked_save(bench: Bench) -> Iterator[BlockedSave]:
+    save = bench.history.save
+    blocked = BlockedSave(save)
+    bench.history.save = blocked  # type: ignore[method-assign]
+    try:
+        yield blocked
+    finally:
+        bench.history.save = save  # type: ignore[method-assign]
+        blocked.go.set()
 
 
 async def test_a_job_runs_to_its_end(bench: Bench) -> None:
@@ -123,6 +158,51 @@ async def test_stop_ends_everything(bench: Bench) -> None:
     await bench.until("finished", 2, "cancelled")
     with pytest.raises(Cancelled):
         await bench.submit()
+
+
+async def test_stopping_waits_for_ends_that_others_announce(bench: Bench) -> None:
+    await bench.running()
+    waiting = await bench.submit()
+    with blocked_save(bench) as save:
+        cancelling = asyncio.ensure_future(bench.queue.cancel(waiting))
+        await save.reached()
+        stopping = asyncio.ensure_future(bench.queue.stop())
+        await bench.until("changed", 1, "cancelling")
+        done, _ = await asyncio.wait([stopping], timeout=0.05)
+        assert not done
+    await stopping
+    assert ("finished", 2, "cancelled") in bench.told
+    await cancelling
+
+
+async def test_a_job_is_not_accepted_while_stopping(bench: Bench, tmp_path: Path) -> None:
+    with blocked_save(bench) as save:
+        submitting = asyncio.ensure_future(bench.submit())
+        await save.reached()
+        stopping = asyncio.ensure_future(bench.queue.stop())
+        done, _ = await asyncio.wait([stopping], timeout=0.05)
+        assert not done
+    with pytest.raises(Cancelled, match="stopping"):
+        await submitting
+    await stopping
+    assert bench.told == []
+    assert bench.queue.jobs == []
+    assert json.loads((tmp_path / "jobs.json").read_text())["active"] == []
+
+
+@pytest.mark.parametrize("reasons", [["manual"], []])
+async def test_a_hold_does_not_revive_what_ended(bench: Bench, reasons: list[str]) -> None:
+    await bench.running()
+    bench.queue.hold([] if reasons else ["manual"])
+    waiting = await bench.submit(terms=Terms(background=True))
+    with blocked_save(bench) as save:
+        cancelling = asyncio.ensure_future(bench.queue.cancel(waiting))
+        await save.reached()
+        bench.queue.hold(reasons)
+        assert waiting.state is JobState.CANCELLED
+        assert waiting.hold_reasons == ()
+    await cancelling
+    await bench.until("finished", waiting.id, "cancelled")
 
 
 async def test_the_file_knows_a_job_before_anybody_else(bench: Bench) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +22,11 @@ from hostimage_testing.host import scratch_host
 from hostimaged.composefs import fsck
 from hostimaged.composefs.repository import Repository, Verity
 from hostimaged.composefs.splitstream import ContentType
-from hostimaged.errors import Cancelled
+from hostimaged.errors import Cancelled, LockTimeout
+from hostimaged.jobs import host_work
+from hostimaged.jobs.channel import PAUSE, RESUME, Channel
 from hostimaged.jobs.events import Event, MessageEvent, PausedEvent
-from hostimaged.jobs.operations import Check
+from hostimaged.jobs.operations import Check, Diff
 from hostimaged.jobs.process import Outcome, Worker, WorkerSettings
 from hostimaged.jobs.slices import SLICE
 
@@ -212,3 +217,39 @@ async def test_a_reader_that_pauses_can_be_cancelled(bench: Bench) -> None:
     outcome = await bench.done
     assert outcome.failure is not None
     assert outcome.failure.name.endswith(".Cancelled")
+
+
+# --- the first lock -----------------------------------------------------------------------------------------
+
+
+def test_a_comparison_that_is_asked_to_pause_waits_for_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a job of ours has the repository alone, the time-out is not for that."""
+    document = {"files": {"added": 1, "list": []}, "problems": [], "truncated": False}
+    monkeypatch.setattr("hostimaged.host.diff.diff", lambda *_: document)
+    monkeypatch.setattr("hostimaged.host.read.read_host", lambda *_: None)
+    paths = scratch_host(tmp_path)
+    paths.physical_root.mkdir(exist_ok=True, parents=True)
+    made(paths.repository)
+    operation = Diff(deployment="a" * 128, other="b" * 128, lock_timeout=0.5)
+    ours, theirs = socket.socketpair()
+    ours.settimeout(20)
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        channel = Channel(theirs)
+        with exclusively(paths.repository), ours.makefile("rb") as lines:
+            done = pool.submit(host_work.diff, paths, operation, channel)
+            channel._take(PAUSE)
+            try:
+                assert json.loads(lines.readline()) == {"event": "paused", "paused": True}
+                with pytest.raises(TimeoutError):
+                    done.result(3 * operation.lock_timeout)
+            finally:
+                channel._take(RESUME)
+            assert json.loads(lines.readline()) == {"event": "paused", "paused": False}
+            # Others still count.
+            with pytest.raises(LockTimeout):
+                done.result(20)
+        done = pool.submit(host_work.diff, paths, operation, channel)
+        assert done.result(20)["files-added"] == 1
+        channel._input.close()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import typing
 from typing import Any, ClassVar, Literal
 
 import pytest
 
 from hostimage_dbus.errors import ErrorName
-from hostimage_dbus.names import JobState
+from hostimage_dbus.introspection import load_shipped
+from hostimage_dbus.names import MANAGER_INTERFACE, JobState
 from hostimage_testing.queue_bench import Bench, FakeWorker
+from hostimaged.bus import model
+from hostimaged.bus.requests import OPERATIONS
 from hostimaged.jobs import kinds, lanes, turns
 from hostimaged.jobs.events import AloneEvent, MessageEvent, PausedEvent
 from hostimaged.jobs.job import Initiator, Job, Terms
-from hostimaged.jobs.kinds import ACCESS, Access
-from hostimaged.jobs.operations import Check, Pull, Scan
+from hostimaged.jobs.kinds import KINDS, Access
+from hostimaged.jobs.operations import Check, Operation, Pull
 from hostimaged.jobs.process import Outcome
 
 BACKGROUND = Terms(background=True)
@@ -51,13 +56,21 @@ def verify(name: str = "x") -> Verify:
 
 
 def test_the_table_knows_every_kind() -> None:
-    operations = (Check, Pull, Scan)
-    assert {kind.model_fields["kind"].default for kind in operations} <= ACCESS.keys()
+    operations = {
+        typing.get_args(operation.model_fields["kind"].annotation)[0]: operation
+        for operation in typing.get_args(typing.get_args(Operation)[0])
+    }
+    decisions = {"policy", "hold", "reload", "cancel"}
+    assert operations.keys() | set(OPERATIONS.values()) - decisions == KINDS.keys()
     reading = (Access.UNLOCKED, Access.SLICES)
-    for operation in operations:
-        kind = operation.model_fields["kind"].default
-        assert operation.mutating == (ACCESS[kind] not in reading), kind
-    assert lanes.ACCESS is turns.ACCESS is kinds.ACCESS
+    for kind, operation in operations.items():
+        assert operation.mutating == (KINDS[kind].access not in reading), kind
+    assert lanes.KINDS is turns.KINDS is model.KINDS is kinds.KINDS
+
+
+def test_states_are_those_of_the_interface() -> None:
+    (told,) = re.findall(r"State: what is being done: ([a-z,\s]+);", load_shipped()[MANAGER_INTERFACE].xml)
+    assert {kind.state for kind in KINDS.values()} <= set(re.split(r",\s+", told)) - {"idle"}
 
 
 async def test_without_readers_it_is_granted_at_once(bench: Bench) -> None:
