@@ -20,6 +20,7 @@ from hostimagectl.texts import (
     POLICY_JSON,
     SHOW_JSON,
     STATUS_JSON,
+    UPDATE_JSON,
 )
 
 #: Headings of the list of commands, in its order.
@@ -62,7 +63,9 @@ JOB_OPTIONS: Final = (
     Option("--no-queue", "queue", "fail instead of waiting while another job runs", value=False),
     Option("--no-join", "no-join", "do not join an equal job, have one of its own"),
 )
-_FETCH: Final = (_BACKGROUND, _METERED, _BATTERY, _DIGEST, _RETRY, _UNIFIED)
+#: What every job of an update policy takes.
+UPDATE_OPTIONS: Final = (_BACKGROUND, _METERED, _BATTERY)
+_FETCH: Final = (*UPDATE_OPTIONS, _DIGEST, _RETRY, _UNIFIED)
 
 _TRACKED: Final = Argument(
     ("image",), {"metavar": "IMAGE", "nargs": "?", "default": "", "help": "default: the tracked image"}
@@ -144,7 +147,7 @@ _UPDATE: Final = (
         description="Ask the source for the newest version of IMAGE. Nothing is stored.\n\n" + PATHS,
         arguments=(_TRACKED,),
         parameters=_SENDS_IMAGE,
-        options=(_BACKGROUND, _METERED, _BATTERY),
+        options=UPDATE_OPTIONS,
         quiet="manifest-digest",
     ),
     JobCommand(
@@ -194,6 +197,18 @@ _UPDATE: Final = (
         options=(*_FETCH, _DOWNLOAD_ONLY, _APPLY, _DOWNGRADE),
         quiet="manifest-digest",
     ),
+)
+_BY_POLICY: Final = Command(
+    name="update",
+    group="update",
+    module="update",
+    summary="do what the update policy says",
+    description=(
+        "Do what the update policy (command policy) says is to be done without being asked, as "
+        "hostimaged-update.service does: nothing, look for a newer image, pull it, or stage it as well."
+    ),
+    arguments=tuple(option.argument for option in (*UPDATE_OPTIONS, *JOB_OPTIONS)),
+    epilog=UPDATE_JSON,
 )
 _DEPLOY: Final = (
     JobCommand(
@@ -411,10 +426,12 @@ _JOBS: Final = (
     ),
 )
 
-COMMANDS: Final[tuple[Command, ...]] = (*_LOOK, *_UPDATE, *_DEPLOY, *_KEEP, *_DECIDE, *_JOBS)
+COMMANDS: Final[tuple[Command, ...]] = (*_LOOK, *_UPDATE, _BY_POLICY, *_DEPLOY, *_KEEP, *_DECIDE, *_JOBS)
 #: Commands that follow a job: they may be told not to wait.
 WAITING: Final = frozenset(
-    command.name for command in COMMANDS if isinstance(command, JobCommand) or command.name == "cancel"
+    command.name
+    for command in COMMANDS
+    if isinstance(command, JobCommand) or command.name in ("cancel", "update")
 )
 
 

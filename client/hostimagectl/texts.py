@@ -51,6 +51,10 @@ JSON: one document a line: {"time" (microseconds since the epoch), "event", …}
 POLICY_JSON: Final = """\
 JSON: {"policy": "none", "check", "download" or "stage"}. With --quiet a policy that was set is not printed.
 """
+UPDATE_JSON: Final = """\
+JSON: that of check, pull or upgrade, as the policy has it; {"policy": "none"} if nothing is to be done.
+With --quiet the digest of the manifest is printed, with --no-wait the number of the job.
+"""
 LOG_JSON: Final = """\
 JSON: {"level"}. With --quiet a level that was set is not printed.
 """

@@ -129,6 +129,7 @@ def _prepare(
     from hostimage_dbus.introspection import load_shipped
     from hostimaged import config, log
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.policy import Policy
     from hostimaged.bus.service import Service
     from hostimaged.bus.updates import Updates
     from hostimaged.jobs.history import History
@@ -144,6 +145,8 @@ def _prepare(
     holds.load()
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
+    policy = Policy(paths)
+    policy.load()
 
     def make(
         connection: Connection, tasks: asyncio.TaskGroup, calls: asyncio.TaskGroup, notifier: Notifier
@@ -160,6 +163,7 @@ def _prepare(
             history=history,
             holds=holds,
             updates=updates,
+            policy=policy,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

@@ -31,7 +31,8 @@ class Settings(BaseModel):
     ``tracked_image``: the image that is meant where a call names none and no deployment tells. ``verity``:
     whether a new repository may be on a file system without fs-verity. ``lock_timeout``: seconds a job waits
     for a lock. ``max_live_entries``: deployments in the boot menu; beyond two, pinned ones get an entry, and
-    bootc refuses to roll back.
+    bootc refuses to roll back. ``update_policy``: how far updates go without being asked, until somebody
+    chooses (SetUpdatePolicy).
     """
 
     model_config = ConfigDict(
@@ -45,6 +46,7 @@ class Settings(BaseModel):
     verity: Literal["require", "opportunistic"] = "require"
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
     log_level: LogLevel = "info"
+    update_policy: Literal["none", "check", "download", "stage"] = "none"
     #: Entries of the boot menu: bootc's rollback insists on two.
     max_live_entries: int = Field(default=2, ge=2, le=10)
 

@@ -24,6 +24,7 @@ from hostimage_testing.bus import Bus, Client, Daemon
 from hostimage_testing.debian import Debian
 from hostimage_testing.host import scratch_host
 from hostimaged.bus.holds import Holds
+from hostimaged.bus.policy import Policy
 from hostimaged.bus.service import Service
 from hostimaged.bus.updates import Updates
 from hostimaged.config import Settings
@@ -107,6 +108,7 @@ async def serving(
             load_settings=lambda: (Settings(), []),
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
             updates=Updates(root / "run/hostimaged/check.json", "boot"),
+            policy=Policy(HostPaths.scratch(root)),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

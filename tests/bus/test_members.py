@@ -51,7 +51,6 @@ UNBUILT = {
     "Repair",
     "Explain",
     "SetUnified",
-    "SetUpdatePolicy",
 }
 
 

@@ -143,6 +143,61 @@ async def test_no_scan_follows_a_check(daemon: Daemon, client: Client) -> None:
     assert (await client.status())["images"] == []
 
 
+# the update policy
+
+
+async def set_policy(client: Client, policy: str) -> None:
+    await client.connection.call(
+        BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, "SetUpdatePolicy", "sa{sv}", [policy, {}]
+    )
+
+
+async def test_the_update_policy_is_kept(real_daemon: Daemon, client: Client) -> None:
+    real_daemon.settings('update-policy = "check"\n')
+    await real_daemon.start()
+    assert await manager(client, "UpdatePolicy") == "check", "until somebody chooses"
+    await set_policy(client, "stage")
+    assert await manager(client, "UpdatePolicy") == "stage"
+    await asyncio.gather(*(set_policy(client, policy) for policy in ("none", "check", "download")))
+    assert await manager(client, "UpdatePolicy") == "download", "the last one counts"
+    path = real_daemon.root / "sysroot/state/hostimaged/policy.json"
+    assert json.loads(path.read_text()) == {"version": 1, "policy": "download"}
+    await real_daemon.end()
+    await real_daemon.start()
+    assert await manager(client, "UpdatePolicy") == "download"
+
+
+async def test_a_policy_that_cannot_be_written_is_not_taken(real_daemon: Daemon, client: Client) -> None:
+    (real_daemon.root / "sysroot").mkdir(parents=True)
+    (real_daemon.root / "sysroot/state").write_text("in the way")
+    await real_daemon.start()
+    error = await error_of(set_policy(client, "stage"))
+    assert error.name.startswith("org.hostimage1.Error."), error.name
+    assert "cannot write" in error.message
+    assert "policy.json" in error.message
+    assert await manager(client, "UpdatePolicy") == "none"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"version": 2, "policy": "stage"}', '{"version": 1, "policy": "all"}', "[" * 5000]
+)
+async def test_a_damaged_policy_is_a_problem(real_daemon: Daemon, client: Client, content: str) -> None:
+    path = real_daemon.root / "sysroot/state/hostimaged/policy.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    real_daemon.settings('update-policy = "check"\n')
+    await real_daemon.start()
+    policy, problems = await manager(client, "UpdatePolicy", "Problems")
+    assert policy == "check"
+    assert [(id_, severity) for id_, severity, text in problems if "policy" in text] == [
+        ("policy", "warning")
+    ]
+    await set_policy(client, "download")
+    policy, problems = await manager(client, "UpdatePolicy", "Problems")
+    assert policy == "download"
+    assert not [id_ for id_, *_ in problems if id_ == "policy"]
+
+
 # holds
 
 

@@ -14,8 +14,9 @@ from hostimagectl.outcome import carry_out
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
-    from hostimagectl.command import Parameter
+    from hostimagectl.command import Option, Parameter
     from hostimagectl.output import Console
     from hostimagectl.service import Service
 
@@ -34,7 +35,7 @@ async def start(daemon: Service, command: JobCommand, arguments: argparse.Namesp
     deployment = await daemon.deployment(getattr(arguments, command.on)) if command.on else None
     body = [await _value(daemon, parameter, arguments) for parameter in command.parameters]
     signature = "".join(parameter.signature for parameter in command.parameters)
-    options = _options(command, arguments)
+    options = options_of(command.options, arguments)
     return await carry_out(
         daemon,
         console,
@@ -58,10 +59,10 @@ async def _value(daemon: Service, parameter: Parameter, arguments: argparse.Name
     return await daemon.deployment(value) if parameter.means == "deployment" else value
 
 
-def _options(command: JobCommand, arguments: argparse.Namespace) -> dict[str, Variant]:
-    """The options that were given, and no others."""
+def options_of(known: Iterable[Option], arguments: argparse.Namespace) -> dict[str, Variant]:
+    """The options of a job that were given, of ``known`` and those of all jobs, and no others."""
     options = {}
-    for option in (*command.options, *JOB_OPTIONS):
+    for option in (*known, *JOB_OPTIONS):
         given = getattr(arguments, option.attribute)
         if given not in (None, False):
             options[option.key] = Variant(option.signature, given if option.value is None else option.value)

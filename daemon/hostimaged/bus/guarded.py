@@ -49,7 +49,9 @@ class GuardedMethods:
         model: Model,
         queue: JobQueue,
         holds: Holds,
+        *,
         reload: Callable[[], Awaitable[None]],
+        set_policy: Callable[[str], Awaitable[None]],
         known: Callable[[], Awaitable[None]],
     ) -> None:
         self._gate = gate
@@ -58,6 +60,7 @@ class GuardedMethods:
         self._queue = queue
         self._holds = holds
         self._reload = reload
+        self._set_policy = set_policy
         self._known = known
 
     async def answer(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
@@ -72,6 +75,8 @@ class GuardedMethods:
             match member:
                 case Member.HOLD_UPDATES:
                     await self._holds.set(*request.arguments)
+                case Member.SET_UPDATE_POLICY:
+                    await self._set_policy(*request.arguments)
                 case Member.RELOAD:
                     await self._reload()
                 case _:

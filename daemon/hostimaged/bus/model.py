@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.deployments import DeploymentObjects
     from hostimaged.bus.findings import ImageRow
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.policy import Policy
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
@@ -41,6 +42,7 @@ class Model:
         history: History,
         holds: Holds,
         updates: Updates,
+        policy: Policy,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -51,6 +53,7 @@ class Model:
         self._history = history
         self._holds = holds
         self._updates = updates
+        self._policy = policy
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
@@ -124,8 +127,7 @@ class Model:
             "Update": to_variants(self._update()),
             "LastCheck": list(self._updates.last_check(self.tracked)),
             "LastFailure": _last_failure(self._history.results),
-            # Nothing is done by itself yet.
-            "UpdatePolicy": "none",
+            "UpdatePolicy": str(self._policy.chosen or self.settings.update_policy),
             "NextCheck": 0,
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
@@ -160,7 +162,10 @@ class Model:
         return self._updates.current(self.tracked, self._status.findings)
 
     def _problems(self) -> list[Problem]:
-        return [*self._own_problems, *self._status.findings.problems]
+        own = [*self._own_problems]
+        if self._policy.problem:
+            own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
+        return [*own, *self._status.findings.problems]
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:

@@ -13,6 +13,7 @@ from hostimaged.boot.cmdline import validate_arguments
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.options import check_string, parse_options
 from hostimaged.errors import ImageNotFound, InvalidArgs, InvalidReference
+from hostimaged.host.updatepolicy import UpdatePolicy
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci.reference import MAX_LENGTH, ImageReference
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from hostimaged.bus.findings import ImageRow
 
-POLICIES: Final = ("none", "check", "download", "stage")
+POLICIES: Final = tuple(str(policy) for policy in UpdatePolicy)
 #: Kernel arguments: the kernel's own command line has 2048 characters (COMMAND_LINE_SIZE on x86).
 _MAX_ARGUMENT: Final = 2048
 _MAX_ARGUMENTS: Final = 64

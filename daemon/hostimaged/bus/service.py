@@ -39,10 +39,11 @@ if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection, MethodCall
     from hostimaged.bus.authorization import Member
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.policy import Policy
     from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
-    from hostimaged.jobs.job import Job
+    from hostimaged.jobs.job import Failure, Job
     from hostimaged.jobs.operations import Operation
     from hostimaged.system.notify import Notifier
     from hostimaged.system.paths import HostPaths
@@ -54,8 +55,9 @@ class Service:
     """Serves ``connection`` until ``stop``; its tasks belong to ``tasks``, those of calls to ``calls``.
 
     After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
-    ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
-    block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
+    ``history``, ``holds``, ``updates`` and ``policy`` are loaded. ``load_settings`` reads the settings again,
+    and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service
+    does.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Service:
         history: History,
         holds: Holds,
         updates: Updates,
+        policy: Policy,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -85,6 +88,7 @@ class Service:
         self._history = history
         self._holds = holds
         self._updates = updates
+        self._policy = policy
         self._load_settings = load_settings
         self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, calls, interfaces, translate)
@@ -103,13 +107,21 @@ class Service:
             history=history,
             holds=holds,
             updates=updates,
+            policy=policy,
             deployments=self._deployments,
             boot_id=boot_id,
             settings=settings,
             settings_problems=settings_problems,
         )
         self._methods = GuardedMethods(
-            gate, callers, self._model, self._queue, holds, self._reload, self._status.known
+            gate,
+            callers,
+            self._model,
+            self._queue,
+            holds,
+            reload=self._reload,
+            set_policy=self._set_policy,
+            known=self._status.known,
         )
         self._jobs = JobObjects(self._server, gate, linger=linger)
         self._log_control = LogControl(self._server, gate, settings.log_level)
@@ -170,6 +182,17 @@ class Service:
             self._log_control.set(settings.log_level)
             self._manager.refresh()
             self._notifier.ready("settings were read again")
+
+    async def _set_policy(self, policy: str) -> None:
+        # Whoever asked may leave meanwhile: then it is done all the same, and what is told stays true.
+        failure = await asyncio.shield(self._tasks.create_task(self._choose(policy)))
+        if failure is not None:
+            raise BusError(failure.name, failure.message)
+
+    async def _choose(self, policy: str) -> Failure | None:
+        failure = await self._policy.choose(policy, self._worker)
+        self._manager.refresh()
+        return failure
 
     def _hold_changed(self) -> None:
         self._queue.hold(self._holds.reasons)

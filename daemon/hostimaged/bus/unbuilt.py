@@ -22,7 +22,6 @@ MEMBERS: Final[Mapping[Member, str]] = {
     Member.REPAIR: "repair of the repository",
     Member.EXPLAIN: "garbage collection",
     Member.SET_UNIFIED: "unified storage",
-    Member.SET_UPDATE_POLICY: "automatic updates",
 }
 #: Options, where they are true, of members that are built.
 OPTIONS: Final[Mapping[str, str]] = {"unified": "unified storage"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hostimaged.errors import InvalidArgs, UnsupportedImage
+from hostimaged.host.updatepolicy import UpdatePolicy  # noqa: TC001 (pydantic reads annotations)
 from hostimaged.oci.reference import MAX_LENGTH, ImageReference, Transport
 from hostimaged.system.syscalls import Capability
 
@@ -77,6 +78,8 @@ class _Operation(BaseModel):
 
     #: Whether the job lock is held for the whole operation, and only one such job runs.
     mutating: ClassVar[bool] = True
+    #: Whether it writes below the physical root though it is not mutating.
+    writes: ClassVar[bool] = False
     #: Whether a background job of this kind is stopped, and queued again, for any job of a user.
     gives_way: ClassVar[bool] = False
     #: Whether each user but root may have one job of this kind wait or run.
@@ -303,6 +306,27 @@ class Diff(_Operation):
         return Profile.SCAN
 
 
+class SetPolicy(_Operation):
+    """Choose how far updates go without being asked. No job: it waits for nothing and takes a moment."""
+
+    mutating = False
+    writes = True
+
+    kind: Literal["policy"] = "policy"
+    policy: UpdatePolicy
+    lock_timeout: float = 0.0
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return str(self.policy)
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN
+
+
 class Scan(_Operation):
     """Read the state of the host; changes nothing and takes no lock."""
 
@@ -327,6 +351,7 @@ Operation = Annotated[
     | Diff
     | Pull
     | Scan
+    | SetPolicy
     | Upgrade
     | Switch
     | Stage

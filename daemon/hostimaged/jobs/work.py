@@ -45,6 +45,13 @@ def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> di
     return check_image(paths, ImageReference.parse(operation.reference), channel).as_dict()
 
 
+def set_policy(paths: HostPaths, operation: operations.SetPolicy, _channel: Channel) -> None:
+    """Choose how far updates go without being asked."""
+    from hostimaged.host import updatepolicy
+
+    updatepolicy.write(paths, operation.policy)
+
+
 def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
     """Read the state of the host."""
     from hostimaged.host.status import scan as scan_host

@@ -37,6 +37,7 @@ WORK: Final[Mapping[str, str]] = {
     "diff": "hostimaged.jobs.host_work:diff",
     "kargs": "hostimaged.jobs.host_work:kernel_arguments",
     "pin": "hostimaged.jobs.host_work:pin",
+    "policy": "hostimaged.jobs.work:set_policy",
     "pull": "hostimaged.jobs.work:pull",
     "recover": "hostimaged.jobs.host_work:recover",
     "rollback": "hostimaged.jobs.host_work:rollback",

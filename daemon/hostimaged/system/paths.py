@@ -136,6 +136,11 @@ class HostPaths:
         return self.state / "pulls.json"
 
     @property
+    def update_policy(self) -> Path:
+        """How far updates go without being asked, if somebody chose."""
+        return self.state / "policy.json"
+
+    @property
     def transaction(self) -> Path:
         """The journal of the operation under way, or interrupted."""
         return self.state / "transaction.json"

@@ -84,7 +84,16 @@ async def stage(world: World, paths: Any, times: int = 1) -> None:
     async with asyncio.TaskGroup() as tasks:
         callers = Callers(stand_in, tasks)
         gate = Gate(callers, stand_in, stand_in, paths)
-        methods = GuardedMethods(gate, callers, stand_in, stand_in, stand_in, world.known, world.known)
+        methods = GuardedMethods(
+            gate,
+            callers,
+            stand_in,
+            stand_in,
+            stand_in,
+            reload=world.known,
+            set_policy=stand_in,
+            known=world.known,
+        )
         try:
             for _ in range(times):
                 assert await methods.answer(Member.STAGE, call) == ["/job"]

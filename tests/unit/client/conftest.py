@@ -97,7 +97,7 @@ class FakeBus:
             raise BusError(DBUS + ".Error.ServiceUnknown", "The name is not activatable")
         if interface != DBUS + ".Properties":
             self.on_interactive(member, interactive)
-        if path in self.properties:
+        elif path in self.properties:
             return self._properties_call(path, member, list(body))
         if path == ROOT_PATH or path in self.deployments.values():
             return await self._method_call(member, list(body))

@@ -25,7 +25,7 @@ from hostimage_dbus.transport import BusError, Variant
 from hostimagectl import cli
 from hostimagectl.catalog import COMMANDS, GROUPS, JOB_OPTIONS, find
 from hostimagectl.command import JobCommand
-from hostimagectl.commands import hold, job, log, policy, reload, show
+from hostimagectl.commands import hold, job, log, policy, reload, show, update
 from hostimagectl.failure import Failure
 from hostimagectl.parser import parser
 from hostimagectl.service import Service
@@ -314,6 +314,36 @@ async def test_policy(connected: Any, make_console: Any) -> None:
     console = make_console(as_json=True)
     assert await policy.run(arguments("policy"), console) == 0
     assert console.document == {"policy": "check"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "member", "body"),
+    [("check", "Check", [""]), ("download", "Pull", [""]), ("stage", "Upgrade", [])],
+)
+async def test_update_does_what_the_policy_says(
+    connected: Any, make_console: Any, chosen: str, member: str, body: list[str]
+) -> None:
+    connected.properties[ROOT_PATH] = {"UpdatePolicy": Variant("s", chosen)}
+    given = arguments("update", "--background", "--allow-metered", "--no-wait")
+    assert await update.run(given, make_console()) == 0
+    called = [call for call in connected.calls if call[0] == member]
+    assert [(path, sent[:-1]) for _, path, sent in called] == [(ROOT_PATH, body)]
+    assert called[0][2][-1] == {
+        "client-id": Variant("s", "hostimagectl"),
+        "background": Variant("b", True),
+        "allow-metered": Variant("b", True),
+    }
+
+
+async def test_update_does_nothing_where_nobody_wants_it(connected: Any, make_console: Any) -> None:
+    connected.properties[ROOT_PATH] = {"UpdatePolicy": Variant("s", "none")}
+    console = make_console(as_json=True)
+    assert await update.run(arguments("update"), console) == 0
+    assert console.document == {"policy": "none"}
+    assert {member for member, *_ in connected.calls} <= {"Get"}
+    connected.properties[ROOT_PATH] = {"UpdatePolicy": Variant("s", "format the disk")}
+    with pytest.raises(Failure):
+        await update.run(arguments("update"), make_console())
 
 
 async def test_hold_and_release(connected: Any, make_console: Any, monkeypatch: pytest.MonkeyPatch) -> None:
