@@ -1,4 +1,4 @@
-"""The daemon: ``hostimaged [--root DIR]``; without it, ``hostimaged finalize`` and ``hostimaged deploy``.
+"""The daemon: ``hostimaged [--root DIR]``; without it, ``hostimaged finalize``, ``boot-check``, ``deploy``.
 
 The bus name is taken first; everything that takes time to import comes after it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import re
 import signal
 import sys
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from hostimage_dbus.names import BUS_NAME
 from hostimage_dbus.transport import BusClosed, BusError, Connection, Limits
 from hostimaged import __version__
 from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.system.boot import read_boot_id
 from hostimaged.system.locks import FileLock
 from hostimaged.system.notify import Notifier
 from hostimaged.system.paths import HostPaths
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 #: The service subscribes to signals of the bus, and of services that tell of a few properties.
 _LIMITS: Final = Limits(signal=64 << 10)
 #: What is done without the daemon (``hostimaged.host.commands``).
-_COMMANDS: Final = ("finalize", "deploy")
-_BOOT_ID: Final = re.compile(r"[0-9a-f-]{32,36}\Z")
+_COMMANDS: Final = ("finalize", "deploy", "boot-check")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given and given[0] in _COMMANDS:
         from hostimaged.host import commands
 
-        main_of: Callable[[Sequence[str]], int] = getattr(commands, f"{given[0]}_main")
+        main_of: Callable[[Sequence[str]], int] = getattr(commands, f"{given[0].replace('-', '_')}_main")
         return main_of(given[1:])
     parser = argparse.ArgumentParser(
         prog="hostimaged",
         description="Own the composefs repository of this host and serve it over D-Bus.",
-        epilog="Commands without the daemon: hostimaged finalize --help, hostimaged deploy --help.",
+        epilog="Commands without the daemon: finalize, boot-check and deploy; each has a --help of its own.",
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="serve a host made of plain files below DIR")
     parser.add_argument("--version", action="version", version=f"hostimaged {__version__}")
@@ -128,6 +127,7 @@ def _prepare(
     """Import, and read settings and history; gives what makes the service of them."""
     from hostimage_dbus.introspection import load_shipped
     from hostimaged import config, log
+    from hostimaged.bus.bootfailure import read_boot_failure
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
     from hostimaged.bus.service import Service
@@ -138,7 +138,7 @@ def _prepare(
     settings, problems = config.load(paths.settings)
     log.configure(settings.log_level)
     interfaces = load_shipped()
-    boot_id = _read_boot_id(paths)
+    boot_id = read_boot_id(paths.boot_id)
     history = History(paths.jobs_file, boot_id)
     history.load()
     holds = Holds(paths.holds_file, boot_id)
@@ -164,24 +164,13 @@ def _prepare(
             holds=holds,
             updates=updates,
             policy=policy,
+            boot_failure=read_boot_failure(paths.boot_file, boot_id),
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,
         )
 
     return make
-
-
-def _read_boot_id(paths: HostPaths) -> str:
-    """The kernel's boot id, "" if there is none."""
-    if paths.boot_id is None:
-        return ""
-    try:
-        with paths.boot_id.open(encoding="ascii") as stream:
-            text = stream.read(64).strip()
-    except (OSError, ValueError):
-        return ""
-    return text if _BOOT_ID.match(text) else ""
 
 
 async def _watchdog(notifier: Notifier) -> None:

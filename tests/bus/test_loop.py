@@ -109,6 +109,7 @@ async def serving(
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
             updates=Updates(root / "run/hostimaged/check.json", "boot"),
             policy=Policy(HostPaths.scratch(root)),
+            boot_failure=None,
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

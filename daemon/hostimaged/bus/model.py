@@ -5,7 +5,7 @@ Nothing here works or waits; every value is in memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState, Phase
 from hostimage_dbus.transport import Encoded
@@ -20,6 +20,7 @@ from hostimaged.oci.reference import ImageReference
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hostimaged.bus.bootfailure import BootFailure
     from hostimaged.bus.deployments import DeploymentObjects
     from hostimaged.bus.findings import ImageRow
     from hostimaged.bus.holds import Holds
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
+
+
+#: Jobs that decide what the next boot starts.
+_FOR_THE_NEXT_BOOT: Final = ("upgrade", "switch", "stage", "rollback")
 
 
 class Model:
@@ -43,6 +48,7 @@ class Model:
         holds: Holds,
         updates: Updates,
         policy: Policy,
+        boot_failure: BootFailure | None,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -54,6 +60,7 @@ class Model:
         self._holds = holds
         self._updates = updates
         self._policy = policy
+        self._boot_failure = boot_failure
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
@@ -126,7 +133,7 @@ class Model:
             "TrackedImage": self.tracked_image,
             "Update": to_variants(self._update()),
             "LastCheck": list(self._updates.last_check(self.tracked)),
-            "LastFailure": _last_failure(self._history.results),
+            "LastFailure": self._last_failure(),
             "UpdatePolicy": str(self._policy.chosen or self.settings.update_policy),
             "NextCheck": 0,
             "Holds": self._holds.reasons,
@@ -165,7 +172,28 @@ class Model:
         own = [*self._own_problems]
         if self._policy.problem:
             own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
+        if self._boot_failure is not None:
+            own.append(Problem(id="boot", severity="error", text=self._boot_failure.message))
         return [*own, *self._status.findings.problems]
+
+    def _last_failure(self) -> dict[str, Any]:
+        results = self._history.results
+        last = _last_failure(results)
+        if last is None:
+            boot = self._boot_failure
+            # What is done for the next boot is the answer to how this one went.
+            answered = any(job.state is JobState.DONE and job.kind in _FOR_THE_NEXT_BOOT for job in results)
+            return {} if boot is None or answered else to_variants(boot.failure)
+        return to_variants(
+            {
+                "job": last.id,
+                "kind": last.kind,
+                "target": last.target,
+                "error": last.error,
+                "message": last.message,
+                "time": last.finished,
+            }
+        )
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:
@@ -181,7 +209,7 @@ def _problems(settings: Settings, found: Sequence[SettingsProblem], history: His
     return problems
 
 
-def _last_failure(results: Sequence[JobRecord]) -> dict[str, Any]:
+def _last_failure(results: Sequence[JobRecord]) -> JobRecord | None:
     """The last failure that no success of its kind followed, among the results that are remembered."""
     last: JobRecord | None = None
     for record in results:
@@ -189,15 +217,4 @@ def _last_failure(results: Sequence[JobRecord]) -> dict[str, Any]:
             last = record
         elif record.state is JobState.DONE and last is not None and last.kind == record.kind:
             last = None
-    if last is None:
-        return {}
-    return to_variants(
-        {
-            "job": last.id,
-            "kind": last.kind,
-            "target": last.target,
-            "error": last.error,
-            "message": last.message,
-            "time": last.finished,
-        }
-    )
+    return last

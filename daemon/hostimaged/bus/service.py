@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hostimage_dbus.introspection import Interface
     from hostimage_dbus.transport import Connection, MethodCall
     from hostimaged.bus.authorization import Member
+    from hostimaged.bus.bootfailure import BootFailure
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
     from hostimaged.bus.updates import Updates
@@ -57,7 +58,7 @@ class Service:
     After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
     ``history``, ``holds``, ``updates`` and ``policy`` are loaded. ``load_settings`` reads the settings again,
     and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service
-    does.
+    does. ``boot_failure``: what was wrong with this boot.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Service:
         holds: Holds,
         updates: Updates,
         policy: Policy,
+        boot_failure: BootFailure | None,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -108,6 +110,7 @@ class Service:
             holds=holds,
             updates=updates,
             policy=policy,
+            boot_failure=boot_failure,
             deployments=self._deployments,
             boot_id=boot_id,
             settings=settings,

@@ -1,6 +1,6 @@
-"""What is done to a host without the daemon: ``hostimaged finalize`` at shutdown, ``hostimaged deploy``.
+"""What is done to a host without the daemon: ``hostimaged finalize`` at shutdown, ``boot-check``, ``deploy``.
 
-Both take the locks that jobs take, and tell failures in one line on standard error.
+All take the locks that jobs take, and tell failures in one line on standard error.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,6 +23,7 @@ from hostimaged.ids import ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Phase, Silent
 from hostimaged.system import mounts
+from hostimaged.system.boot import read_boot_id
 from hostimaged.system.locks import FileLock
 from hostimaged.system.paths import HostPaths
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Seconds: what the unit's five minutes to stop leave after a minute for the work.
 FINALIZE_LOCK_TIMEOUT: Final = 240.0
+#: Seconds: nobody waits for it.
+_BOOT_CHECK_LOCK_TIMEOUT: Final = 60.0
 _DISK_UUIDS: Final = Path("/dev/disk/by-uuid")
 _UUID: Final = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
 
@@ -95,6 +99,34 @@ def _make_writable(paths: HostPaths) -> None:
     for path in (paths.physical_root, *paths.boot_mounts):
         with suppress(OSError):
             mounts.make_writable(path)
+
+
+def boot_check_main(argv: Sequence[str]) -> int:
+    """``hostimaged boot-check``: exit code 0 whatever it finds, which is told on standard error too."""
+    parser = argparse.ArgumentParser(
+        prog="hostimaged boot-check",
+        description="Compare what runs with what was to be booted; to be run after each boot.",
+    )
+    parser.add_argument("--root", type=Path, metavar="DIR", help="a host made of plain files below DIR")
+    arguments = parser.parse_args(argv)
+    paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
+    return _told(lambda: _boot_check(paths))
+
+
+def _boot_check(paths: HostPaths) -> dict[str, Any]:
+    from hostimaged.host import bootcheck
+    from hostimaged.host.lastshutdown import last_words
+
+    if paths.scratch_root is None:
+        with suppress(OSError):
+            mounts.make_writable(paths.physical_root)
+    _make_run_directory(paths)
+    # A daemon that runs already might be staging.
+    with FileLock(paths.job_lock, timeout=_BOOT_CHECK_LOCK_TIMEOUT, what=str(paths.job_lock)):
+        found = bootcheck.check(paths, read_boot_id(paths.boot_id), int(time.time()), last_words)
+    if message := found.get("message"):
+        print(f"hostimaged: {message}", file=sys.stderr)
+    return found
 
 
 def deploy_main(argv: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.files import TreeFiles
 from hostimaged.errors import HostimageError, PreconditionFailed
-from hostimaged.host import etcmerge, journal, statedirs
+from hostimaged.host import bootcheck, etcmerge, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.bootsets import digest
 from hostimaged.host.etctree import open_image_tree, subdirectory
@@ -136,6 +136,7 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.reporter.at("finalize.locked")
     store.activate()
     session = session.steady()
+    bootcheck.expect(session, row.id)
     session.reporter.at("finalize.activated")
     session.remove_marker()
     session.reporter.at("finalize.marker")

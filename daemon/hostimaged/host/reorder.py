@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.boot.cmdline import Cmdline, Parameter, validate_arguments
 from hostimaged.boot.loader import Bootloader
 from hostimaged.errors import AlreadyBooted, BootLoaderError, NoRollback, PreconditionFailed
-from hostimaged.host import cleanup, journal
+from hostimaged.host import bootcheck, cleanup, journal
 from hostimaged.host.bootsets import digest
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.menu import live_menu, staged_menu
@@ -196,6 +196,7 @@ def activate(
         cleanup.unstage(session, state)
     session.store(state).replace_live(files)
     session = session.steady()
+    bootcheck.expect(session, menu.items[0].id)
     session.reporter.at("activate.entries")
     cleanup.discard(session, discard)
     journal.remove(path)

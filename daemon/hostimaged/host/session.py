@@ -22,6 +22,7 @@ from hostimaged.host.bootfs import told
 from hostimaged.host.entries import set_store
 from hostimaged.host.read import read_host
 from hostimaged.system import durable
+from hostimaged.system.boot import read_boot_id
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from hostimaged.system.paths import HostPaths
 
 DEFAULT_LOCK_TIMEOUT: Final = 60.0
-#: A boot id has 36 characters.
-_BOOT_ID: Final = 64
 
 
 @dataclass(slots=True)
@@ -116,13 +115,7 @@ class Session:
     @property
     def boot_id(self) -> str:
         """The kernel's id of this boot, "" where there is none."""
-        if self.paths.boot_id is None:
-            return ""
-        try:
-            with self.paths.boot_id.open("rb") as file:
-                return file.read(_BOOT_ID).decode("ascii", "replace").strip()
-        except OSError:
-            return ""
+        return read_boot_id(self.paths.boot_id)
 
     @staticmethod
     def now() -> int:

@@ -141,6 +141,11 @@ class HostPaths:
         return self.state / "policy.json"
 
     @property
+    def expected_boot(self) -> Path:
+        """What the next boot is to start."""
+        return self.state / "expected.json"
+
+    @property
     def transaction(self) -> Path:
         """The journal of the operation under way, or interrupted."""
         return self.state / "transaction.json"
@@ -178,6 +183,11 @@ class HostPaths:
     def holds_file(self) -> Path:
         """The hold on background jobs, kept over restarts of the daemon within a boot."""
         return self.run_dir / "hold.json"
+
+    @property
+    def boot_file(self) -> Path:
+        """What was wrong with the last boot, for as long as this one lasts."""
+        return self.run_dir / "boot.json"
 
     @property
     def updates_file(self) -> Path:

@@ -1,0 +1,122 @@
+"""What was promised for the next boot, checked after it (architecture.md, rule 10).
+
+Whoever activates a menu writes down what the next boot is to start, in ``state/hostimaged/expected.json``::
+
+    {"version": 1, "boot_id": "…", "time": 1767225600, "deployment": "<deployment id>"}
+
+After the next boot that is compared with what runs, and the file goes. A staged menu that is there without
+its marker was not activated at the last shutdown. What is found is told in ``boot.json`` of the run
+directory, for the daemon::
+
+    {"version": 1, "boot_id": "…", "time": …, "deployment": "<deployment id>", "message": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hostimaged.errors import HostimageError, from_os_error, printable
+from hostimaged.host.read import read_host
+from hostimaged.host.statefile import read_state_file
+from hostimaged.ids import DeploymentId
+from hostimaged.system.durable import replace_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hostimaged.host.model import HostState
+    from hostimaged.host.session import Session
+    from hostimaged.system.paths import HostPaths
+
+VERSION: Final = 1
+#: A few short strings.
+MAX_SIZE: Final = 4096
+#: Characters of what the journal says that are told.
+_CAUSE: Final = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a boot is to start; ``boot_id``: the boot before it, during which that was decided."""
+
+    deployment: DeploymentId
+    boot_id: str
+
+
+def expect(session: Session, deployment: DeploymentId) -> None:
+    """Write down what the next boot is to start. Never raises: that it cannot be checked undoes nothing."""
+    document = {"version": VERSION, "boot_id": session.boot_id, "time": session.now()}
+    data = json.dumps(document | {"deployment": str(deployment)}).encode() + b"\n"
+    with suppress(OSError):
+        replace_file(session.paths.expected_boot, data)
+
+
+def read_expected(paths: HostPaths) -> Expected | None:
+    """What is written down; None if nothing is, or nothing that can be understood."""
+    path = paths.expected_boot
+    try:
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        document = json.loads(read_state_file(directory, path.name, MAX_SIZE) or b"null")
+        if document["version"] != VERSION:
+            return None
+        return Expected(DeploymentId(document["deployment"]), str(document["boot_id"]))
+    except (HostimageError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    finally:
+        os.close(directory)
+
+
+def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) -> dict[str, Any]:
+    """Compare what runs with what was to run; ``cause`` gives what the last shutdown said of it.
+
+    ``result`` is ``as-expected``, ``not-booted`` or ``not-activated``; the latter two have a ``deployment``
+    and a ``message``. Raises ``NoSpace``, ``ReadOnly`` or ``StorageError`` if that cannot be written.
+    """
+    expected = read_expected(paths)
+    if expected is not None and expected.boot_id == boot_id:
+        # Decided since the boot: it is for the next one to show.
+        expected = None
+    found = _compare(read_host(paths, None), expected)
+    try:
+        if found is not None:
+            deployment, result, message = found
+            if said := printable(cause().strip())[-_CAUSE:]:
+                message += f"; the last shutdown said: {said}"
+            document = {"version": VERSION, "boot_id": boot_id, "time": now, "message": message}
+            data = json.dumps(document | {"deployment": str(deployment)}).encode() + b"\n"
+            replace_file(paths.boot_file, data)
+        if expected is not None:
+            paths.expected_boot.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(error, "cannot write down how the boot went") from error
+    if found is None:
+        return {"result": "as-expected"}
+    return {"result": result, "deployment": str(deployment), "message": message}
+
+
+def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId, str, str] | None:
+    """The deployment that should run or be the next to, which of the two failed, and what to tell of it."""
+    booted = state.booted
+    if booted is None:
+        return None
+    if expected is not None and expected.deployment not in (booted.id, booted.cmdline_id):
+        text = (
+            f"deployment {expected.deployment} was to be booted, and {booted.id} runs: another entry was "
+            "chosen in the boot menu, or it did not start"
+        )
+        return expected.deployment, "not-booted", text
+    staged, live = state.sets.staged, state.sets.live
+    if staged is not None and state.marker is None:
+        # After an activation that was cut short the old menu is there instead: its first is a known one.
+        target = next(iter(staged.ids), None)
+        if target is not None and (live is None or target not in live.ids):
+            text = f"deployment {target} was staged, but not activated at the last shutdown; stage it again"
+            return target, "not-activated", text
+    return None
