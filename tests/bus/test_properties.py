@@ -198,6 +198,57 @@ async def test_a_damaged_policy_is_a_problem(real_daemon: Daemon, client: Client
     assert not [id_ for id_, *_ in problems if id_ == "policy"]
 
 
+# how the boot went
+
+
+async def test_a_boot_that_failed_is_told_until_it_is_answered(daemon: Daemon, client: Client) -> None:
+    boot_id = daemon.root / "proc/sys/kernel/random/boot_id"
+    boot_id.parent.mkdir(parents=True)
+    boot_id.write_text("01234567-89ab-cdef-0123-456789abcdef\n")
+    failure = {"version": 1, "boot_id": boot_id.read_text().strip(), "time": 7, "deployment": "ab" * 64}
+    path = daemon.root / "run/hostimaged/boot.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(failure | {"message": "it did not start"}))
+    await daemon.start()
+    problems, last = await manager(client, "Problems", "LastFailure")
+    assert ["boot", "error", "it did not start"] in problems
+    assert (last["kind"], last["target"], last["time"], last["job"]) == ("boot", "ab" * 64, 7_000_000, 0)
+    await client.removed(await client.pull(daemon.script("bad", {"fail": ["NoSpace", "the disk is full"]})))
+    assert (await manager(client, "LastFailure"))["kind"] == "pull"
+    await client.removed(
+        await client.pull(daemon.script("good", {"result": {"manifest-digest": DIGEST["a"]}}))
+    )
+    assert (await manager(client, "LastFailure"))["kind"] == "boot"
+    reply = await client.connection.call(BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, "Rollback", "a{sv}", [{}])
+    await client.removed(reply[0])
+    assert await manager(client, "LastFailure") == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boot_id": "11234567-89ab-cdef-0123-456789abcdef"},
+        {"deployment": "ab"},
+        {"message": "\0"},
+        {"time": -1},
+    ],
+)
+async def test_what_is_of_another_boot_or_damaged_is_not_told(
+    daemon: Daemon, client: Client, change: dict[str, Any]
+) -> None:
+    boot_id = daemon.root / "proc/sys/kernel/random/boot_id"
+    boot_id.parent.mkdir(parents=True)
+    boot_id.write_text("01234567-89ab-cdef-0123-456789abcdef\n")
+    failure = {"version": 1, "boot_id": boot_id.read_text().strip(), "time": 7, "deployment": "ab" * 64}
+    path = daemon.root / "run/hostimaged/boot.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(failure | {"message": "it did not start"} | change))
+    await daemon.start()
+    problems, last = await manager(client, "Problems", "LastFailure")
+    assert [id_ for id_, *_ in problems if id_ == "boot"] == []
+    assert last == {}
+
+
 # holds
 
 

@@ -90,7 +90,7 @@ def build_disk(directory: Path) -> tuple[Path, Path, Path]:
 def _add_payload(home: Path) -> None:
     """Our sources, the libraries they need, and cfsctl."""
     tree = home / "tree"
-    for source in ("daemon", "client", "dbus", "tests/support", "tests/vm/inside"):
+    for source in ("daemon", "client", "dbus", "systemd", "tests/support", "tests/vm/inside"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY_ROOT / source, tree / source, ignore=ignored)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
