@@ -42,13 +42,13 @@ class Deployed:
             file = Leaf(Stat(0o644, 0, 0, 0, 0, {}), External(self.object, len(CONTENT)))
             parts = {name: Directory(stat, {}) for name in (b"etc", b"var", b"sysroot")}
             tree = Directory(stat, parts | {b"usr": Directory(stat, {b"file": file})})
-            self.image = repository.write_image(build(tree, Format.V1, Algorithm.SHA512))
-        self.state = self.sysroot / "state/deploy" / self.image.hex
+            self.image = repository.write_image(bytes(build(tree, Format.V1, Algorithm.SHA512)), "os")
+        self.state = self.sysroot / "state/deploy" / self.image.hex()
         (self.state / "etc").mkdir(parents=True)
         (self.state / "var").mkdir()
 
     def path(self, id_: ObjectId) -> Path:
-        return self.sysroot / "composefs/objects" / id_.hex[:2] / id_.hex[2:]
+        return self.sysroot / "composefs/objects" / id_.pathname
 
     def replace(self, id_: ObjectId, content: bytes, *, verity: bool) -> None:
         """Put other bytes in place of an object, as who has the disk can."""
@@ -64,7 +64,7 @@ class Deployed:
 
     def boot(self, optional: str = "") -> subprocess.CompletedProcess[str]:
         cmdline = self.scratch / "cmdline"
-        cmdline.write_text(f"quiet composefs={optional}{self.image.hex}\n")
+        cmdline.write_text(f"quiet composefs={optional}{self.image.hex()}\n")
         script = [SCRIPT, "--sysroot", self.sysroot, "--cmdline", cmdline, "--work", self.scratch / "work"]
         return subprocess.run(
             ["unshare", "--mount", "--propagation", "private", "sh", "-c", LOOK, "look", *script],
@@ -86,7 +86,7 @@ def test_verity_is_required_of_every_object(deployed: Deployed, optional: str) -
     done = deployed.boot(optional)
     assert done.returncode == 0, done.stderr
     source, kind, options = done.stdout.splitlines()[0].split()
-    assert (source, kind) == (f"composefs:{deployed.image.hex}", "overlay")
+    assert (source, kind) == (f"composefs:{deployed.image.hex()}", "overlay")
     assert {"ro", "verity=require"} <= set(options.split(","))
     assert (deployed.state / "etc/probe").exists()
 
