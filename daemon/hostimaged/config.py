@@ -46,9 +46,9 @@ class Settings(BaseModel):
     verity: Literal["require", "opportunistic"] = "require"
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
     log_level: LogLevel = "info"
-    update_policy: Literal["none", "check", "download", "stage"] = "none"
     #: Entries of the boot menu: bootc's rollback insists on two.
     max_live_entries: int = Field(default=2, ge=2, le=10)
+    update_policy: Literal["none", "check", "download", "stage"] = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,14 +236,14 @@ def test_options_of_the_daemon() -> None:
     assert "2 for wrong usage" in section("hostimaged.8", "EXIT STATUS")
 
 
-@pytest.mark.parametrize("command", ["finalize", "deploy"])
+@pytest.mark.parametrize("command", ["finalize", "boot-check", "deploy"])
 def test_options_of_the_commands_without_a_bus(command: str) -> None:
     argv = [sys.executable, "-m", "hostimaged", command]
     done = subprocess.run([*argv, "--help"], check=True, capture_output=True, text=True, timeout=60)
     listed = done.stdout.partition("options:")[2]
     options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", listed, flags=re.MULTILINE))
-    parts = re.split(r'^\.SS "hostimaged (\w+)"\n', section("hostimaged.8", "COMMANDS"), flags=re.MULTILINE)
-    documented = dict(zip(parts[1::2], parts[2::2], strict=True))[command]
+    parts = re.split(r'^\.SS "hostimaged ([^"]+)"\n', section("hostimaged.8", "COMMANDS"), flags=re.MULTILINE)
+    documented = dict(zip(map(plain, parts[1::2]), parts[2::2], strict=True))[command]
     shown = set(re.findall(r"--[a-z-]+", " ".join(tags(documented))))
     assert shown == options
     wrong = subprocess.run([*argv, "--x"], check=False, capture_output=True, timeout=60)
