@@ -57,9 +57,14 @@ REFERENCE = "docker://registry.example/os:stable"
 REFUSALS = {"NothingStaged", "NoSuchDeployment", "NoRollback", "PreconditionFailed", "AlreadyBooted"}
 
 
-#: bootc activates, or drops, what is staged and keeps the marker until the next boot: as it says, as we do.
+#: References to configurations that are being written anew.
 KEPT = re.compile("streams/refs/hostimaged(/|$)")
-LEFT_BY_BOOTC = {"a marker without a staged set", "left over: run/composefs/staged-deployment"}
+#: bootc activates, or in GRUB's menu drops, what is staged, and keeps the marker until the next boot.
+LEFT_BY_BOOTC = {
+    "a marker without a staged set",
+    "a marker without entry or origin",
+    "left over: run/composefs/staged-deployment",
+}
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from hostimaged.boot import bls
 from hostimaged.errors import BootLoaderError
-from hostimaged.host import bootfs, statedirs
+from hostimaged.host import bootfs, marker, statedirs
+from hostimaged.system import durable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -120,7 +121,14 @@ def staged_only_bytes(session: Session, state: HostState) -> int:
 
 
 def remove_temporary(session: Session, state: HostState) -> None:
-    """Remove what a crash left on the boot file system under temporary names."""
+    """Remove what a crash left under temporary names: on the boot file system, and beside files of ours."""
+    paths = session.paths
+    replaced = [paths.transaction, paths.pulls, *statedirs.origins(paths)]
+    if paths.marker_dir is not None:
+        replaced.append(paths.marker_dir / marker.NAME)
+    for path in replaced:
+        with bootfs.told(f"cannot clean up {path.parent}"):
+            durable.remove_replacements(path)
     if state.dirs.loader_dir is None:
         return
     session.store(state).remove_temporary()
