@@ -17,7 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,8 @@ from hostimage_testing.explained import listing, unexplained
 from hostimage_testing.forks import End, Forks, forking
 from hostimage_testing.hosts import KINDS, Kind, RecordedHost
 from hostimage_testing.judge import Judge
-from hostimage_testing.lives import Life, staged
-from hostimage_testing.os_images import ImageMaker, OsImage, Recipe
 from hostimage_testing.recorded import paths_of, problems_of, state_of
+from hostimage_testing.standing import EDITED, REFERENCE, Standing, Stood
 from hostimaged.host.status import scan
 from hostimaged.jobs.operations import (
     Delete,
@@ -52,7 +51,6 @@ SEED = int(os.environ.get("HOSTIMAGE_SEED", "20240612"))
 KILLS = 200 if SOAK else 20
 #: One in so many is started by name, as the daemon and the unit do, and not forked.
 FRESH = 20
-REFERENCE = "docker://registry.example/os:stable"
 #: What may be answered when an operation is done again that was done, or whose object went with the power.
 REFUSALS = {"NothingStaged", "NoSuchDeployment", "NoRollback", "PreconditionFailed", "AlreadyBooted"}
 
@@ -67,31 +65,6 @@ LEFT_BY_BOOTC = {
 }
 
 
-@dataclass
-class Stood:
-    """A host with a staged deployment; one image that is not staged yet, and two that are not pulled yet."""
-
-    life: Life
-    image: OsImage
-    remote: list[OsImage]
-
-    @property
-    def host(self) -> RecordedHost:
-        return self.life.host
-
-    @property
-    def booted(self) -> str:
-        return self.life.booted.id
-
-    @property
-    def rollback(self) -> str:
-        assert self.life.rollback is not None
-        return self.life.rollback.id
-
-    def copy(self, root: Path) -> Stood:
-        return replace(self, life=replace(self.life, host=self.host.copy(root)))
-
-
 @dataclass(frozen=True)
 class Plan:
     """An operation: what the worker is told, or None for the finaliser; and where it can be done."""
@@ -101,7 +74,7 @@ class Plan:
 
 
 PLANS = {
-    "stage": Plan(lambda s: Stage(manifest_digest=s.image.manifest_digest, reference=REFERENCE)),
+    "stage": Plan(lambda s: Stage(manifest_digest=s.image.manifest_digest, reference=REFERENCE.image_text)),
     "upgrade": Plan(lambda s: Upgrade(reference=s.remote[0].source, verity="opportunistic")),
     "switch": Plan(lambda s: Switch(reference=s.remote[1].source, verity="opportunistic")),
     "unstage": Plan(lambda _: Unstage()),
@@ -125,35 +98,13 @@ class Figures:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
 class Base:
-    """Hosts made once, and what the whole of an operation makes of them."""
+    """Hosts to be copied, a process to fork from, and the judge."""
 
-    def __init__(self, place: Path, cfsctl: str, forks: Forks) -> None:
-        self.place = place
-        self.cfsctl = cfsctl
-        self.forks = forks
-        self._stood: dict[Kind, Stood] = {}
-
-    def stood(self, kind: Kind) -> Stood:
-        if kind not in self._stood:
-            self._stood[kind] = self._make(kind)
-        return self._stood[kind]
-
-    def _make(self, kind: Kind) -> Stood:
-        place = self.place / str(kind)
-        place.mkdir()
-        host = RecordedHost(place / "host", self.cfsctl, kind=kind)
-        life = staged(host)
-        image = host.image(Recipe(version="9", kernel=b"kernel nine ", etc={"new.conf": b"new\n"}))
-        host.write_tag(image, "localhost/hostimaged-pull-")
-        aside = ImageMaker(self.cfsctl, place / "aside", place / "aside-work")
-        recipes = [Recipe(version=v, kernel=b"kernel ten ", uki=kind.uki) for v in ("10", "11")]
-        remote = [aside.pull(recipe) for recipe in recipes]
-        host.images |= {each.id: each for each in remote}
-        (host.root / "etc/hostname").write_text("mine\n")
-        (host.root / "etc/local.conf").write_text("local\n")
-        daemon_started(host)
-        return Stood(life, image, remote)
+    standing: Standing
+    forks: Forks
+    cfsctl: str
 
 
 class Campaign:
@@ -198,7 +149,7 @@ class Campaign:
         """How long the operation takes as a whole, and what it leaves."""
         seconds = []
         for _ in range(1 if fresh else 2):
-            with copied(self._base.stood(kind), self._place) as stood:
+            with copied(self._base.standing, kind, self._place) as stood:
                 before, there = menu_of(stood.host), listing(stood.host.repository)
                 ends = self.perform(stood, fresh=fresh)
                 assert all(end.code == 0 and not end.error for end in ends), ends
@@ -215,7 +166,7 @@ class Campaign:
         for started in {False, fresh}:
             if (kind, started) not in self._seconds:
                 self.measure(kind, fresh=started)
-        with copied(self._base.stood(kind), self._place) as stood:
+        with copied(self._base.standing, kind, self._place) as stood:
             untouched = listing(stood.host.root)
             ends = self.perform(stood, self._moment(kind, share, fresh=fresh), fresh=fresh)
             killed = ends[-1].code < 0
@@ -313,7 +264,7 @@ class Campaign:
             waiting = set(host.images)
         elif self._plan.order is None:
             waiting = {stood.rollback}
-        wrong = unexplained(host, waiting, etc=["local.conf"])
+        wrong = unexplained(host, waiting, etc=[Path(EDITED).name])
         assert [what for what in wrong if what not in (LEFT_BY_BOOTC if strangers else ())] == []
         if not strangers:
             # What keeps a configuration that is written anew goes with the next one that is written.
@@ -322,10 +273,11 @@ class Campaign:
 
 
 @contextmanager
-def copied(stood: Stood, place: Path) -> Iterator[Stood]:
+def copied(standing: Standing, kind: Kind, place: Path) -> Iterator[Stood]:
     """A host that is there for one kill; one on which something failed stays to be looked at."""
-    copy = stood.copy(place / "host")
-    yield copy
+    stood = standing.copy(kind, place / "host")
+    daemon_started(stood.host)
+    yield stood
     shutil.rmtree(place / "host")
 
 
@@ -343,7 +295,7 @@ def menu_of(host: RecordedHost) -> list[str]:
 def base(tmp_path_factory: pytest.TempPathFactory, cfsctl: str) -> Iterator[Base]:
     """Hosts to be copied, and a process to fork from."""
     with forking() as forks:
-        yield Base(tmp_path_factory.mktemp("kills"), cfsctl, forks)
+        yield Base(Standing(tmp_path_factory.mktemp("standing"), cfsctl), forks, cfsctl)
 
 
 @pytest.mark.timeout(1800 if SOAK else 300)
