@@ -20,6 +20,7 @@ from hostimaged.errors import BootLoaderError, HostimageError, NothingStaged, Pr
 from hostimaged.host import bootimage, cleanup, etcmerge, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.etctree import read_image, subdirectory
+from hostimaged.host.followed import followed
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
 from hostimaged.host.menu import Menu, live_menu
@@ -155,14 +156,7 @@ class _Stage:
         self._state = state
         self._at = session.reporter.at
         self.id: DeploymentId = boot.id
-        self._reference = self._followed()
-
-    def _followed(self) -> OriginReference:
-        """The reference to write: of the same image as before it stays as it is, with what it demands."""
-        wanted = self._request.reference
-        rows = (self._state.staged_deployment, self._state.booted_deployment)
-        known = [row.origin.reference for row in rows if row is not None and row.origin is not None]
-        return next((each for each in known if each is not None and each.names_same(wanted)), wanted)
+        self._reference = followed(state, request.reference)
 
     def run(self) -> dict[str, Any]:
         """Decide, check, write."""
