@@ -14,6 +14,7 @@ from hostimage_testing.hosts import KINDS, Era, Kind, RecordedHost
 from hostimage_testing.lives import installed, staged, upgraded
 from hostimage_testing.operating import At, session
 from hostimage_testing.os_images import OsImage, Recipe
+from hostimaged.composefs.repository import Repository
 from hostimaged.errors import Cancelled, NoSpace, NothingStaged, PreconditionFailed
 from hostimaged.host import space
 from hostimaged.host import stage as module
@@ -24,6 +25,8 @@ from hostimaged.host.origin import Origin
 from hostimaged.host.reorder import begin, rollback
 from hostimaged.host.stage import StageRequest, stage, unlock, unstage
 from hostimaged.ids import ManifestDigest
+from hostimaged.oci import images
+from hostimaged.oci.images import StoredImage
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
@@ -204,6 +207,23 @@ def test_a_reference_to_the_same_image_stays_as_it_was_written(
     for result in ("staged", "already-staged"):
         assert do(host, image, reference=asked) == result
         assert Origin.parse(host.origin(image.id).read_bytes(), "origin").reference == expected
+
+
+@pytest.mark.parametrize("kind", [KINDS[2]], ids=str)
+def test_r12_the_image_is_opened_once(host: RecordedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handle that made the boot image is passed along."""
+    installed(host)
+    image = host.image(NEXT)
+    opened: list[str] = []
+
+    def counted(repository: Repository, digest: ManifestDigest) -> StoredImage:
+        opened.append(str(digest))
+        return real(repository, digest)
+
+    real = images.open_image
+    monkeypatch.setattr(images, "open_image", counted)
+    assert do(host, image) == "staged"
+    assert opened == [image.manifest_digest]
 
 
 def test_no_room_is_told_before_anything_is_written(

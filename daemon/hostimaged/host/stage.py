@@ -105,13 +105,12 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     staged that was not, and what was made is taken back; what was staged before may be gone.
     """
     session.reporter.phase(Phase.STAGING)
-    image = images.open_image(session.repository, request.manifest_digest)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     session.reporter.at("stage.image")
     images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
     session.repository.sync()
     session.reporter.at("stage.tagged")
-    return _Stage(session, request, image, boot, settle(session)).run()
+    return _Stage(session, request, boot, settle(session)).run()
 
 
 def unlock(session: Session) -> dict[str, Any]:
@@ -145,13 +144,12 @@ class _Stage:
         self,
         session: Session,
         request: StageRequest,
-        image: StoredImage,
         boot: BootImage,
         state: HostState,
     ) -> None:
         self._session = session
         self._request = request
-        self._image = image
+        self._image = boot.image
         self._boot = boot
         self._state = state
         self._at = session.reporter.at
