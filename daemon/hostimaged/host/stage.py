@@ -285,7 +285,7 @@ class _Stage:
         room = max(self._request.max_entries, BOOTC_ENTRIES) - len(items)
         pinned = [row.id for row in self._state.deployments if row.pinned]
         items += [item for item in live.items if item.id in pinned and item.id != base.id][:room]
-        menu = Menu(tuple(items), live.others, live.other_entries)
+        menu = Menu(tuple(items)).with_others_of(live)
         return menu.render(self._state.dirs.loader, is_menu=is_menu)
 
     def _options(self, new: NewDeployment, base: Deployment, base_tree: Directory) -> Cmdline:
