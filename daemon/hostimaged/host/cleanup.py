@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from hostimaged.boot import bls
 from hostimaged.errors import BootLoaderError
-from hostimaged.host import bootfs, statedirs
+from hostimaged.host import bootfs, marker, statedirs
+from hostimaged.system import durable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
     from hostimaged.ids import DeploymentId
 
 
-def is_referenced(state: HostState, id_: DeploymentId) -> bool:
+def is_referenced(state: HostState, id_: DeploymentId, *, staged: bool = True) -> bool:
     """Whether anything says that a deployment is to stay: an entry, the running host, the marker, a pin.
 
-    What cannot be read says so too.
+    What cannot be read says so too. Without ``staged`` an entry of the staged set does not count.
     """
     row = state.find(id_)
+    entries = state.sets.entries if staged or state.sets.live is None else state.sets.live.entries
     return (
         bool(state.sets.unreadable)
         or (state.booted is not None and id_ in (state.booted.id, state.booted.cmdline_id))
         or (state.marker is not None and state.marker.depl_id == id_)
-        or any(entry.id == id_ for entry in state.sets.entries)
+        or any(entry.id == id_ for entry in entries)
         or (row is not None and row.pinned)
     )
 
@@ -42,13 +44,22 @@ def discard(session: Session, ids: Iterable[DeploymentId]) -> list[DeploymentId]
 
     Then kernels and UKIs that no entry starts. Points ``discard.state`` and ``discard.artifact``.
     """
-    discarded = []
     state = session.state()
+    discarded = _discard_states(session, state, ids)
+    sweep_artifacts(session, state)
+    return discarded
+
+
+def _discard_states(
+    session: Session, state: HostState, ids: Iterable[DeploymentId], *, staged_too: bool = False
+) -> list[DeploymentId]:
+    """Remove the state of those deployments that nothing refers to; ``staged_too``: but a staged entry."""
+    discarded = []
     for id_ in dict.fromkeys(ids):
-        if not is_referenced(state, id_) and statedirs.remove(session.paths, session.work, id_):
+        referenced = is_referenced(state, id_, staged=not staged_too)
+        if not referenced and statedirs.remove(session.paths, session.work, id_):
             discarded.append(id_)
         session.reporter.at("discard.state")
-    sweep_artifacts(session, state)
     return discarded
 
 
@@ -110,7 +121,14 @@ def staged_only_bytes(session: Session, state: HostState) -> int:
 
 
 def remove_temporary(session: Session, state: HostState) -> None:
-    """Remove what a crash left on the boot file system under temporary names."""
+    """Remove what a crash left under temporary names: on the boot file system, and beside files of ours."""
+    paths = session.paths
+    replaced = [paths.transaction, paths.pulls, *statedirs.origins(paths)]
+    if paths.marker_dir is not None:
+        replaced.append(paths.marker_dir / marker.NAME)
+    for path in replaced:
+        with bootfs.told(f"cannot clean up {path.parent}"):
+            durable.remove_replacements(path)
     if state.dirs.loader_dir is None:
         return
     session.store(state).remove_temporary()
@@ -123,7 +141,9 @@ def remove_temporary(session: Session, state: HostState) -> None:
 def unstage(session: Session, state: HostState) -> list[DeploymentId]:
     """Take back what is staged, the marker first: from then on nothing is; says which state went.
 
-    Points ``unstage.marker`` and ``unstage.entries``. Nothing staged is fine.
+    The entries go after the state: as long as they are there, recovery knows what remains to be removed.
+    Points ``unstage.marker``, ``discard.state``, ``unstage.entries`` and ``discard.artifact``. Nothing staged
+    is fine.
     """
     staged = set() if state.sets.staged is None else set(state.sets.staged.ids)
     if state.marker is not None:
@@ -132,7 +152,9 @@ def unstage(session: Session, state: HostState) -> list[DeploymentId]:
         # What is not staged any more is taken away to the end.
         session = session.steady()
     session.reporter.at("unstage.marker")
+    discarded = _discard_states(session, session.state(), sorted(staged), staged_too=True)
     if state.sets.staged is not None:
         session.store(state).remove_staged()
     session.reporter.at("unstage.entries")
-    return discard(session, sorted(staged))
+    sweep_artifacts(session, session.state())
+    return discarded

@@ -18,17 +18,20 @@ def pull(
 ) -> dict[str, Any]:
     """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
     from hostimaged.composefs.repository import Verity
+    from hostimaged.host.followed import demands_signature
     from hostimaged.oci.pull import pull_image
     from hostimaged.oci.reference import ImageReference
 
+    reference = ImageReference.parse(operation.reference)
     try:
         result = pull_image(
             paths,
-            ImageReference.parse(operation.reference),
+            reference,
             expect_digest=operation.expect_digest,
             verity=Verity(operation.verity),
             lock_timeout=operation.lock_timeout,
             reporter=channel,
+            signed=demands_signature(paths, reference),
         )
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
@@ -39,10 +42,12 @@ def pull(
 
 def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> dict[str, Any]:
     """Look for a newer image."""
+    from hostimaged.host.followed import demands_signature
     from hostimaged.oci.check import check_image
     from hostimaged.oci.reference import ImageReference
 
-    return check_image(paths, ImageReference.parse(operation.reference), channel).as_dict()
+    reference = ImageReference.parse(operation.reference)
+    return check_image(paths, reference, channel, signed=demands_signature(paths, reference)).as_dict()
 
 
 def set_policy(paths: HostPaths, operation: operations.SetPolicy, _channel: Channel) -> None:
