@@ -23,6 +23,7 @@ _LASTING = (
     "sysroot/state/hostimaged",
     "sysroot/state/hostimaged/tmp",
     "sysroot/state/hostimaged/pulls.json",
+    "sysroot/state/hostimaged/expected.json",
     "efi/EFI/Linux/bootc",
     "efi/loader/loader.conf",
 )
