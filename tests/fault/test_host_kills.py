@@ -148,6 +148,10 @@ class Campaign:
 
     def measure(self, kind: Kind, *, fresh: bool) -> None:
         """How long the operation takes as a whole, and what it leaves."""
+        if fresh and self._plan.order is not None:
+            # A worker tells when its work begins.
+            self._seconds[kind, True] = list(self._seconds[kind, False])
+            return
         seconds = []
         for _ in range(1 if fresh else 2):
             with copied(self._base.standing, kind, self._place) as stood:
@@ -164,7 +168,7 @@ class Campaign:
     def strike(self, kind: Kind, number: int, share: float) -> None:
         """Kill it after ``share`` of its time, and look at what is left."""
         fresh = number % FRESH == FRESH // 2
-        for started in {False, fresh}:
+        for started in sorted({False, fresh}):
             if (kind, started) not in self._seconds:
                 self.measure(kind, fresh=started)
         with copied(self._base.standing, kind, self._place) as stood:
