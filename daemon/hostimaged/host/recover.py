@@ -126,7 +126,16 @@ def _finish_finalize(
             # The marker was locked for the exchange, which did not come.
             session.write_marker(Marker(transaction.target, finalization_locked=False))
         _clean_etc(session, transaction.target, etcmerge.undo)
+    elif not _is_started(state, transaction.target):
+        # Another tool has acted, but has not activated it: of the merge nothing is used.
+        _clean_etc(session, transaction.target, etcmerge.undo)
     return []
+
+
+def _is_started(state: HostState, id_: DeploymentId | None) -> bool:
+    """Whether a deployment runs, or is in the menu."""
+    live = () if state.sets.live is None else state.sets.live.ids
+    return id_ in live or (state.booted is not None and state.booted.id == id_)
 
 
 def _clean_etc(session: Session, target: DeploymentId | None, clean: Callable[[int], None]) -> None:
