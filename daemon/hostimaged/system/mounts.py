@@ -40,12 +40,30 @@ def make_writable(path: Path) -> None:
     syscalls.mount(mount_point, syscalls.MS_REMOUNT | syscalls.MS_BIND | kept)
 
 
+def sources_at(table: Path | None, path: Path) -> list[str]:
+    """What is mounted at exactly ``path``, by the names of the sources; the one that is seen is the last.
+
+    ``table`` is the table of mounts of another process, None for our own. Raises ``OSError``.
+    """
+    wanted = os.fsencode(path.resolve())
+    found = []
+    for line in (table or _MOUNT_TABLE).read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        if _plain(before.split(b" ")[4]) == wanted:
+            found.append(os.fsdecode(_plain(after.split(b" ")[1])))
+    return found
+
+
+def _plain(field: bytes) -> bytes:
+    return _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), field)
+
+
 def _mount_point(path: Path) -> bytes:
     """Where the mount that ``path`` lies on is mounted; the last line of the table covers earlier ones."""
     resolved = os.fsencode(path.resolve())
     best = b"/"
     for line in _MOUNT_TABLE.read_bytes().splitlines():
-        point = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4])
+        point = _plain(line.split(b" ")[4])
         inside = resolved == point or resolved.startswith(point.rstrip(b"/") + b"/")
         if inside and len(point) >= len(best):
             best = point
