@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +42,7 @@ WORK: Final[Mapping[str, str]] = {
     "recover": "hostimaged.jobs.host_work:recover",
     "rollback": "hostimaged.jobs.host_work:rollback",
     "scan": "hostimaged.jobs.work:scan",
+    "soft-reboot": "hostimaged.jobs.host_work:soft_reboot",
     "stage": "hostimaged.jobs.host_work:stage",
     "switch": "hostimaged.jobs.work:pull",
     "unstage": "hostimaged.jobs.host_work:unstage",
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--writable", type=Path, action="append", default=[])
     arguments = parser.parse_args(argv)
-    _confine(arguments.profile, arguments.parent, arguments.writable)
+    namespace = _confine(arguments.profile, arguments.parent, arguments.writable)
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
         channel = Channel(sock)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
             if order.operation.profile != arguments.profile:
                 raise Internal
             channel.watch()
-            channel.result(_run(order, channel, work) or {})
+            channel.result(_run(order, channel, work, namespace) or {})
         except HostimageError as error:
             if error.name is ErrorName.INTERNAL:
                 _log_failure(error)
@@ -80,8 +82,11 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     return 0
 
 
-def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> None:
-    """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges."""
+def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> int | None:
+    """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges.
+
+    What is kept of them is a descriptor of the mount namespace of the host, if the operation may need it.
+    """
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the daemon is gone")
@@ -90,13 +95,32 @@ def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> None:
         # What fails here is told by the operation, as a read-only file system.
         with suppress(OSError):
             mounts.make_writable(path)
+    namespace = _host_namespace() if profile is Profile.HOST else None
     syscalls.set_no_new_privs()
     syscalls.drop_capabilities(CAPABILITIES[profile])
+    return namespace
 
 
-def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, Any] | None:
+def _host_namespace() -> int | None:
+    """The mount namespace of the host, open; None if that may not be, of which who needs it will tell."""
+    path = HostPaths.live().host_namespace
+    with suppress(OSError):
+        return None if path is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return None
+
+
+def _paths(order: Order, namespace: int | None) -> HostPaths:
+    if order.root is not None:
+        return HostPaths.scratch(Path(order.root))
+    paths = HostPaths.live()
+    return paths if namespace is None else replace(paths, host_namespace=Path(f"/proc/self/fd/{namespace}"))
+
+
+def _run(
+    order: Order, channel: Channel, work: Mapping[str, str], namespace: int | None
+) -> dict[str, Any] | None:
     operation: Operation = order.operation
-    paths = HostPaths.live() if order.root is None else HostPaths.scratch(Path(order.root))
+    paths = _paths(order, namespace)
     module, _, function = work[operation.kind].partition(":")
     do: Work = getattr(import_module(module), function)
     lock = (
