@@ -296,7 +296,8 @@ class JobQueue:
     async def _work(self, job: Job, worker: Worker, on_event: Callable[[Event], None]) -> Outcome:
         """Do the work, and what is to follow it."""
         outcome = await worker.run(on_event)
-        following = job.following() if outcome.failure is None else None
+        wanted = outcome.failure is None and job.state is not JobState.CANCELLING
+        following = job.following() if wanted else None
         if following is None:
             return outcome
         self._workers[job.id] = self._start_worker(following)
