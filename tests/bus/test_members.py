@@ -78,6 +78,8 @@ class Case:
     def result(self) -> str:
         """Error name, or "" for success."""
         unbuilt = self.options.get("unified") or self.member in UNBUILT
+        if self.member == "SetKernelArguments" and self.options.get("apply") == "soft-reboot":
+            return ErrorName.PRECONDITION_FAILED
         return ErrorName.NOT_SUPPORTED if unbuilt else self.error
 
     @property

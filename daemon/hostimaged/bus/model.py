@@ -103,6 +103,8 @@ class Model:
 
         Nothing is done then. Of one that is yet to be made nothing is known.
         """
+        if request.member is Member.SET_KERNEL_ARGUMENTS:
+            raise PreconditionFailed("a soft reboot leaves the kernel its arguments")
         for row in self._status.findings.deployments:
             meant = row.id == request.deployment or (request.member is Member.ROLLBACK and row.is_rollback)
             if meant and not (row.soft_reboot_capable or row.booted):
