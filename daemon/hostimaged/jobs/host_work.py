@@ -34,7 +34,7 @@ def _session(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterato
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
         with suppress(HostimageError):
-            work.scan(paths, None, channel)
+            work.scan_after(paths, channel)
 
 
 @contextmanager
@@ -148,21 +148,21 @@ def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict
 
     ``diff`` is the whole as JSON text (``hostimaged.host.diff``), beside it are its numbers.
     """
+    from hostimaged.composefs.repository import Repository
     from hostimaged.host import diff as comparison
+    from hostimaged.host import espmount
     from hostimaged.host.read import read_host
     from hostimaged.host.session import optional_verity
     from hostimaged.jobs.slices import reading
 
+    old, new = DeploymentId(operation.deployment), DeploymentId(operation.other)
+    # Before anything is waited for: others may want to write to the ESP.
+    with Repository.open_unlocked(paths.repository) as repository, espmount.reached(paths) as found:
+        both = comparison.Both.read(read_host(found, repository), old, new)
     with reading(
         paths.repository, channel, lock_timeout=operation.lock_timeout, insecure=optional_verity(paths)
     ) as (repository, slices):
-        document = comparison.diff(
-            repository,
-            read_host(paths, repository),
-            DeploymentId(operation.deployment),
-            DeploymentId(operation.other),
-            _InSlices(slices),
-        )
+        document = comparison.diff(repository, both, _InSlices(slices))
     numbers = {f"files-{key}": number for key, number in document["files"].items() if key != "list"}
     return {
         "diff": comparison.render(document),

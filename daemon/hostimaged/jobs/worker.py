@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     parser.add_argument("--profile", type=Profile, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--writable", type=Path, action="append", default=[])
+    parser.add_argument("--esp", action="store_true")
     arguments = parser.parse_args(argv)
-    namespace = _confine(arguments.profile, arguments.parent, arguments.writable)
+    live = _confine(arguments.profile, arguments.parent, arguments.writable, esp=arguments.esp)
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
         channel = Channel(sock)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
             if order.operation.profile != arguments.profile:
                 raise Internal
             channel.watch()
-            channel.result(_run(order, channel, work, namespace) or {})
+            channel.result(_run(order, channel, work, live) or {})
         except HostimageError as error:
             if error.name is ErrorName.INTERNAL:
                 _log_failure(error)
@@ -82,10 +83,11 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     return 0
 
 
-def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> int | None:
+def _confine(profile: Profile, parent: int, writable: Sequence[Path], *, esp: bool) -> HostPaths:
     """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges.
 
-    What is kept of them is a descriptor of the mount namespace of the host, if the operation may need it.
+    Gives the running host, with what it takes more privileges to reach than are kept: its mount namespace, if
+    the operation may need it, and with ``esp`` the EFI system partition, to be read.
     """
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
@@ -95,32 +97,38 @@ def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> int | N
         # What fails here is told by the operation, as a read-only file system.
         with suppress(OSError):
             mounts.make_writable(path)
-    namespace = _host_namespace() if profile is Profile.HOST else None
+    paths = HostPaths.live()
+    if profile is Profile.HOST:
+        paths = _with_namespace(paths)
+    if esp:
+        paths = _with_esp(paths)
     syscalls.set_no_new_privs()
     syscalls.drop_capabilities(CAPABILITIES[profile])
-    return namespace
+    return paths
 
 
-def _host_namespace() -> int | None:
-    """The mount namespace of the host, open; None if that may not be, of which who needs it will tell."""
-    path = HostPaths.live().host_namespace
-    with suppress(OSError):
-        return None if path is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    return None
+def _with_namespace(paths: HostPaths) -> HostPaths:
+    """With the mount namespace of the host open; if that may not be, who needs it will tell."""
+    if paths.host_namespace is not None:
+        with suppress(OSError):
+            fd = os.open(paths.host_namespace, os.O_RDONLY | os.O_CLOEXEC)
+            return replace(paths, host_namespace=Path(f"/proc/self/fd/{fd}"))
+    return paths
 
 
-def _paths(order: Order, namespace: int | None) -> HostPaths:
-    if order.root is not None:
-        return HostPaths.scratch(Path(order.root))
-    paths = HostPaths.live()
-    return paths if namespace is None else replace(paths, host_namespace=Path(f"/proc/self/fd/{namespace}"))
+def _with_esp(paths: HostPaths) -> HostPaths:
+    """With the EFI system partition open; if it cannot be, the operation tells that it is not mounted."""
+    from hostimaged.host import espmount
+
+    try:
+        return espmount.seek(paths)
+    except HostimageError:
+        return replace(paths, esp_sought=True)
 
 
-def _run(
-    order: Order, channel: Channel, work: Mapping[str, str], namespace: int | None
-) -> dict[str, Any] | None:
+def _run(order: Order, channel: Channel, work: Mapping[str, str], live: HostPaths) -> dict[str, Any] | None:
     operation: Operation = order.operation
-    paths = _paths(order, namespace)
+    paths = live if order.root is None else HostPaths.scratch(Path(order.root))
     module, _, function = work[operation.kind].partition(":")
     do: Work = getattr(import_module(module), function)
     lock = (

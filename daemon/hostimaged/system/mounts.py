@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from hostimaged.system import syscalls
+from hostimaged.system import mountcalls, syscalls
 
 #: Flags of a mount that a remount must repeat, by their bit in statvfs (statvfs(3)) and in mount(2).
 _KEPT_FLAGS: Final = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
@@ -22,14 +22,18 @@ _MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 def make_writable(path: Path) -> None:
     """Make the mount that ``path`` lies on writable for this process and its children only.
 
-    Does nothing if it is writable already or ``path`` does not exist. What the file system or its device
-    forbids stays forbidden. Call it before the first thread. Raises ``OSError``, with EPERM for a lack of
-    CAP_SYS_ADMIN.
+    Does nothing if it is writable already, ``path`` does not exist, or an automount waits there. What the
+    file system or its device forbids stays forbidden. Call it before the first thread. Raises ``OSError``,
+    with EPERM for a lack of CAP_SYS_ADMIN.
     """
     try:
-        flags = os.statvfs(path).f_flag
+        fd = mountcalls.open_without_automount(path)
     except FileNotFoundError:
         return
+    try:
+        flags = os.fstatvfs(fd).f_flag
+    finally:
+        os.close(fd)
     if not flags & os.ST_RDONLY:
         return
     mount_point = _mount_point(path)

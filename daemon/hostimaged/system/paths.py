@@ -35,9 +35,10 @@ class HostPaths:
 
     ``physical_root`` holds the repository and all state; ``marker_dir`` the staged marker; ``run_dir`` our
     own volatile state. Facts about the running system (``cmdline``, ``mountinfo``, ``boot_id``, ``efivars``,
-    ``selinux_enforce``, which exists if SELinux is on) are None where there is no running system to ask.
-    ``next_root`` is where systemd looks for the root that a soft reboot starts. ``host_mounts`` is the table
-    of mounts of the host's own namespace, and ``host_namespace`` stands for it; None if we are in it.
+    ``selinux_enforce``, which exists if SELinux is on) are None where there is no running system to ask. The
+    ``esp`` of a running host is known once it was looked for (``esp_sought``). ``next_root`` is where systemd
+    looks for the root that a soft reboot starts. ``host_mounts`` is the table of mounts of the host's own
+    namespace, and ``host_namespace`` stands for it; None if we are in it.
     """
 
     physical_root: Path
@@ -54,6 +55,7 @@ class HostPaths:
     containers: ContainersConfig
     scratch_root: Path | None = None
     selinux_enforce: Path | None = None
+    esp_sought: bool = False
     next_root: Path | None = None
     host_mounts: Path | None = None
     host_namespace: Path | None = None
