@@ -332,6 +332,17 @@ def test_a_host_that_does_not_let_us_in(machine: MakeMachine) -> None:
     assert here.nothing_is_left()
 
 
+def test_a_proc_that_hides_others(machine: MakeMachine) -> None:
+    here = machine()
+    hidden = dataclasses.replace(here.paths, host_mounts=here.host.root / "missing")
+    here.place()
+    assert softreboot.prepared(hidden) is None
+    with here.session() as opened:
+        opened.paths = hidden
+        softreboot.cancel_outdated(opened)
+    assert here.prepared == here.other.id
+
+
 # --- what boots next ---------------------------------------------------------------------------------------
 
 

@@ -162,7 +162,11 @@ def _placed(paths: HostPaths) -> list[str]:
     if paths.next_root is None:
         return []
     try:
-        return mounts.sources_at(paths.host_mounts, paths.next_root)
+        try:
+            return mounts.sources_at(paths.host_mounts, paths.next_root)
+        except FileNotFoundError:
+            # A /proc that hides processes. What the host mounts there is seen in the namespaces of services.
+            return mounts.sources_at(None, paths.next_root)
     except OSError as error:
         raise from_os_error(error, "cannot read the table of mounts") from error
 
