@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import Deployment, Kind, RecordedHost
 from hostimage_testing.os_images import Recipe
+from hostimage_testing.processes import python_environment
 from hostimage_testing.recorded import row_of
 from hostimaged.errors import AlreadyBooted, HostimageError, PreconditionFailed, VerityMismatch
 from hostimaged.host import commands, reorder, softreboot
@@ -165,6 +167,15 @@ def machine(make: MakeHost, namespace: Namespace) -> Callable[..., Machine]:
 MakeMachine = Callable[..., Machine]
 
 
+def kernel_messages(log: int) -> str:
+    """What the kernel said since."""
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            found.append(os.read(log, 8192).decode("utf-8", "replace"))
+    return "".join(found)
+
+
 # --- the root ----------------------------------------------------------------------------------------------
 
 
@@ -208,6 +219,22 @@ def test_an_etc_that_is_an_overlay(machine: MakeMachine) -> None:
     assert (here.root / "etc/os.conf").read_text() == "version = 2\n"
     (here.root / "etc/later").touch()
     assert (upper / "later").exists()
+
+
+def test_an_overlay_that_is_prepared_again(machine: MakeMachine) -> None:
+    """Of the two only one has its upper directory at a time: the kernel says nothing of a second one."""
+    here = machine(configured("[etc]\nmount = 'overlay'\n"))
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        os.lseek(log, 0, os.SEEK_END)
+        here.place()
+        (here.root / "etc/mine").touch()
+        here.place()
+        assert (here.root / "etc/mine").exists()
+        assert here.mounts["etc"] == ("overlay", "overlay", "rw")
+        assert "in-use" not in kernel_messages(log)
+    finally:
+        os.close(log)
 
 
 def test_an_etc_whose_changes_end(machine: MakeMachine) -> None:
@@ -256,6 +283,47 @@ def test_a_var_that_two_would_write_to(machine: MakeMachine) -> None:
     here = machine(configured("[var]\nmount = 'overlay'\n"))
     with pytest.raises(PreconditionFailed, match="/var is an overlay"):
         here.place()
+    assert here.nothing_is_left()
+
+
+# A worker's way: the namespace is opened, then privileges are given up, then the root is prepared.
+_WORKER = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+from hostimaged.host import softreboot
+from hostimaged.host.session import open_session
+from hostimaged.ids import DeploymentId
+from hostimaged.jobs.operations import CAPABILITIES, Profile
+from hostimaged.progress import Silent
+from hostimaged.system import syscalls
+from hostimaged.system.paths import HostPaths
+root, process, id_ = sys.argv[1:]
+fd = os.open(f"{process}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+paths = replace(HostPaths.scratch(Path(root)), host_mounts=Path(process, "mountinfo"))
+paths = replace(paths, host_namespace=Path(f"/proc/self/fd/{fd}"))
+syscalls.set_no_new_privs()
+syscalls.drop_capabilities(CAPABILITIES[Profile.HOST])
+with open_session(paths, Silent()) as session:
+    state = session.exclusive()
+    softreboot.place(session, state, state.get(DeploymentId(id_)))
+    print(softreboot.prepared(paths))
+    print(softreboot.cancel(paths), softreboot.prepared(paths))
+"""
+
+
+@pytest.mark.parametrize("config", ["", "root.transient = true", "etc.mount = 'overlay'"])
+def test_a_worker_keeps_the_privileges_that_it_takes(machine: MakeMachine, config: str) -> None:
+    here = machine(configured(config))
+    process = f"/proc/{here.namespace.pid}"
+    done = subprocess.run(
+        [sys.executable, "-c", _WORKER, here.host.root, process, here.other.id],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=python_environment(),
+    )
+    assert (done.stdout, done.stderr) == (f"{here.other.id}\nTrue None\n", "")
     assert here.nothing_is_left()
 
 

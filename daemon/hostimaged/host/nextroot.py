@@ -128,28 +128,29 @@ def run(plan: Plan) -> None:
         _remove(plan, namespace)
         return
     try:
-        _make_directory(plan, namespace)
+        _begin(plan, namespace)
         tree = _Assembly(plan).tree()
         with _step(f"cannot place the root at {plan.target}"):
             mountcalls.enter_mounts(namespace)
-            _take_away(plan.target)
             _place(tree, plan.target)
     except Failed:
-        # Nor is one kept that was placed before: it is not what was wanted.
+        # An empty directory would be taken for a root.
         with suppress(Failed):
             _remove(plan, namespace)
         raise
 
 
-def _make_directory(plan: Plan, namespace: int) -> None:
-    """Make the target, in the namespace of the host: the file systems are the same, what covers them is not.
+def _begin(plan: Plan, namespace: int) -> None:
+    """Take away what is there, make the directory, and go on in a namespace of this process.
 
-    Then in a namespace of this process, where it is seen from now on.
+    The first two in the namespace of the host, where nothing covers what can be written. An upper directory
+    cannot serve two overlays, so that the old root goes before the new one is begun.
     """
     with _step(f"cannot make {plan.target}"):
         own = os.open(_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
         try:
             mountcalls.enter_mounts(namespace)
+            _take_away(plan.target)
             os.makedirs(plan.target, 0o755, exist_ok=True)
             mountcalls.enter_mounts(own)
         finally:
@@ -162,7 +163,7 @@ def _remove(plan: Plan, namespace: int) -> None:
     with _step(f"cannot take away the root at {plan.target}"):
         mountcalls.enter_mounts(namespace)
         _take_away(plan.target)
-    # An empty directory would be taken for a root by systemd.
+    # systemd takes an empty directory for a root.
     with suppress(OSError):
         os.rmdir(plan.target)
 
@@ -240,15 +241,25 @@ class _Assembly:
             _place(overlay, _ROOT)
 
     def _image(self) -> int:
-        try:
-            source = f"/proc/self/fd/{self._plan.image}"
-            return mountcalls.make_mount("erofs", source=source, read_only=True)
-        except OSError as error:
-            # A file can be mounted since Linux 6.12, and not where it lies on every file system.
-            if error.errno != errno.ENOTBLK:
-                raise
+        """The mount of the EROFS image.
+
+        A file can be mounted since Linux 6.12, though not on every file system. It may count as one of the
+        levels that can lie upon each other, and with another overlay to come there is none to spare.
+        """
+        if not self._has_overlays:
+            try:
+                source = f"/proc/self/fd/{self._plan.image}"
+                return mountcalls.make_mount("erofs", source=source, read_only=True)
+            except OSError as error:
+                if error.errno != errno.ENOTBLK:
+                    raise
         with loop_device(self._plan.image) as device:
             return mountcalls.make_mount("erofs", source=device, read_only=True)
+
+    @property
+    def _has_overlays(self) -> bool:
+        overlays = (MountMode.OVERLAY, MountMode.TRANSIENT)
+        return bool(self._plan.volatile_source) or self._plan.etc in overlays or self._plan.var in overlays
 
     def _mount_physical_root(self) -> None:
         with _step("cannot mount the physical root in the new one"):
