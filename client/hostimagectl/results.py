@@ -45,7 +45,7 @@ _WORDS: Final = {
 }
 _LOCKED: Final = f"downloaded {{}}: it waits for '{PROGRAM} upgrade --from-downloaded'"
 #: What a person is told of such a result besides; JSON has all of it.
-_SHOWN: Final = ("image", "manifest-digest", "kernel-arguments")
+_SHOWN: Final = ("image", "manifest-digest", "kernel-arguments", "soft-reboot")
 #: Changes of the host's own that the shutdown carries over to what is staged, as they are now.
 _ETC: Final = ("etc-added", "etc-modified", "etc-removed")
 _LABELS: Final = {"manifest-digest": "Manifest", "config-digest": "Config", "image-ids": "Image ids"}

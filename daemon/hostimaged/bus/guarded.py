@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.requests import make_request
 from hostimaged.bus.unbuilt import refuse_unbuilt
 from hostimaged.errors import Internal
-from hostimaged.jobs.job import Initiator, Terms
+from hostimaged.jobs.job import Apply, Initiator, Terms
 from hostimaged.jobs.operations import (
     Check,
     Delete,
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from hostimaged.config import Settings
     from hostimaged.jobs.operations import Operation
     from hostimaged.jobs.queue import JobQueue
+
+
+_APPLY: Final = {"none": Apply.NONE, "soft-reboot": Apply.SOFT_REBOOT, "reboot": Apply.REBOOT}
 
 
 class GuardedMethods:
@@ -86,6 +89,8 @@ class GuardedMethods:
     async def _start(self, request: Request, caller: Caller) -> str:
         """Path of the job that does what is asked for."""
         options = request.options
+        if _APPLY[options.get("apply", "none")] is Apply.SOFT_REBOOT:
+            self._model.check_soft_reboot(request)
         job = await self._queue.submit(
             operation_of(request, self._model.settings),
             Initiator(caller.uid, options.get("client-id", ""), caller.name, self._callers.unit(caller)),
@@ -93,7 +98,7 @@ class GuardedMethods:
                 background=options.get("background", False),
                 allow_metered=options.get("allow-metered", False),
                 allow_on_battery=options.get("allow-on-battery", False),
-                reboot=options.get("apply") == "reboot",
+                apply=_APPLY[options.get("apply", "none")],
             ),
             queue=options.get("queue", True),
             join=not options.get("no-join", False),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState, Phase
 from hostimage_dbus.transport import Encoded
 from hostimaged import __version__
+from hostimaged.bus.authorization import Member
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
-from hostimaged.errors import InvalidReference
+from hostimaged.errors import InvalidReference, PreconditionFailed
 from hostimaged.jobs.kinds import KINDS
 from hostimaged.oci.reference import ImageReference
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.findings import ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
+    from hostimaged.bus.requests import Request
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
@@ -105,6 +107,19 @@ class Model:
         findings = self._status.findings
         staged = any(row.staged and not row.locked for row in findings.deployments)
         return staged or findings.rollback_queued
+
+    def check_soft_reboot(self, request: Request) -> None:
+        """Raise ``PreconditionFailed`` if the deployment that is meant is known not to be reached by one.
+
+        Nothing is done then. Of one that is yet to be made nothing is known.
+        """
+        if request.member is Member.SET_KERNEL_ARGUMENTS:
+            raise PreconditionFailed("a soft reboot leaves the kernel its arguments")
+        for row in self._status.findings.deployments:
+            meant = row.id == request.deployment or (request.member is Member.ROLLBACK and row.is_rollback)
+            if meant and not (row.soft_reboot_capable or row.booted):
+                reason = f"deployment {row.id} cannot be reached by a soft reboot: {row.soft_reboot_obstacle}"
+                raise PreconditionFailed(reason)
 
     # what is told
 

@@ -25,9 +25,9 @@ from hostimaged.errors import HostimageError
 from hostimaged.jobs.conditions import CONDITIONS, Watch
 from hostimaged.jobs.history import JobRecord
 from hostimaged.jobs.inhibitors import Inhibitors
-from hostimaged.jobs.job import Initiator
+from hostimaged.jobs.job import Apply, Initiator
 from hostimaged.jobs.logind import Logind
-from hostimaged.jobs.operations import Recover
+from hostimaged.jobs.operations import PREPARED, SOFT_REBOOT, Recover
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
 from hostimaged.log import get_logger
@@ -238,8 +238,15 @@ class Service:
         self._jobs.ended(job)
         if self._queue.active is None:
             self._notifier.status("idle")
-        if job.terms.reboot and job.state is JobState.DONE and self._model.reboot_required:
+        if job.state is JobState.DONE:
+            self._apply(job)
+
+    def _apply(self, job: Job) -> None:
+        """What follows a job that is done, if a reboot would start something else than what runs."""
+        if job.terms.apply is Apply.REBOOT and self._model.reboot_required:
             self._tasks.create_task(self._logind.reboot())
+        elif job.terms.apply is Apply.SOFT_REBOOT and job.result.get(SOFT_REBOOT) == PREPARED:
+            self._tasks.create_task(self._logind.soft_reboot())
 
 
 def translate(error: Exception) -> BusError | None:

@@ -52,15 +52,13 @@ def read_host(
     paths: HostPaths,
     repository: Repository | None,
     *,
-    esp: Path | None = None,
     bootloader: Bootloader | None = None,
     soft_reboots: bool = False,
 ) -> HostState:
     """What is installed on this host; ``repository`` is None where it cannot be opened. Never raises.
 
-    ``esp``: where the caller has mounted the ESP, if it is not mounted for all. ``bootloader``: which one
-    there is, where nobody can be asked (an offline install). ``soft_reboots``: whether to find out what can
-    be reached by one, which reads the SELinux policies where SELinux is on.
+    ``bootloader``: which one there is, where nobody can be asked (an offline install). ``soft_reboots``:
+    whether to find out what can be reached by one, which reads the SELinux policies where SELinux is on.
     """
     reader = _Reader(paths, repository)
     no_mounts: list[Mount] = []
@@ -70,7 +68,7 @@ def read_host(
         bootloader = reader.attempt(
             ProblemId.BOOT_DIRECTORY, lambda: loader.detect(paths.efivars), Bootloader.GRUB
         )
-    dirs, sets = reader.boot_sets(candidates(paths, bootloader, table, esp=esp), booted)
+    dirs, sets = reader.boot_sets(candidates(paths, bootloader, table), booted)
     marker = reader.attempt(ProblemId.MARKER_DAMAGED, lambda: read_marker(paths.marker_dir), None)
     rows = reader.rows(dirs, sets, booted, marker)
     if soft_reboots:

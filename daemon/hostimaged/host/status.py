@@ -6,29 +6,43 @@ scan. Nothing here takes a lock, writes, or raises for damage.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.composefs.repository import Repository, RepositoryMissing
-from hostimaged.errors import HostimageError
-from hostimaged.host import bootc_v1
+from hostimaged.errors import BootLoaderError, HostimageError
+from hostimaged.host import bootc_v1, espmount
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
 from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
+def scan(paths: HostPaths, *, whole: bool = False) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
-    The repository is opened once. ``esp``: where the caller has mounted the ESP, if it is not mounted.
+    The repository is opened once, and so is the ESP, which is given back. ``whole``: not without the ESP;
+    raises ``BootLoaderError`` if it cannot be mounted, which else is a problem.
     """
     problems: list[Problem] = []
+    try:
+        paths = espmount.seek(paths)
+    except BootLoaderError as error:
+        if whole:
+            raise
+        problems.append(Problem(ProblemId.BOOT_DIRECTORY, error.message))
+        paths = replace(paths, esp_sought=True)
+    try:
+        return _scan(paths, problems)
+    finally:
+        espmount.release(paths)
+
+
+def _scan(paths: HostPaths, problems: list[Problem]) -> dict[str, Any]:
     try:
         repository = Repository.open_unlocked(paths.repository)
     except RepositoryMissing:
@@ -38,7 +52,7 @@ def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
         problems.append(Problem(ProblemId.REPOSITORY, error.message))
     try:
         found = scan_repository(paths, repository)
-        state = read_host(paths, repository, esp=esp, soft_reboots=True)
+        state = read_host(paths, repository, soft_reboots=True)
     finally:
         if repository is not None:
             repository.close()
@@ -103,4 +117,8 @@ def _row(row: Deployment, place: int) -> dict[str, Any]:
 
 
 def _problem(problem: Problem) -> dict[str, str]:
-    return {"id": str(problem.id), "severity": str(problem.severity), "text": shown(problem.text)}
+    return {
+        "id": str(problem.id),
+        "severity": str(problem.severity),
+        "text": shown(espmount.public(problem.text)),
+    }

@@ -34,7 +34,23 @@ def _session(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterato
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
         with suppress(HostimageError):
-            work.scan(paths, None, channel)
+            work.scan_after(paths, channel)
+
+
+@contextmanager
+def _change(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterator[Session]:
+    """A session that may change what boots next, and so what a soft reboot may start."""
+    from hostimaged.host import softreboot
+
+    with _session(paths, channel, lock_timeout) as session:
+        try:
+            yield session
+        except Exception:
+            # Half of it may be done: a staged deployment is gone, the new one is not there.
+            with suppress(HostimageError):
+                softreboot.cancel_outdated(session)
+            raise
+        softreboot.cancel_outdated(session)
 
 
 class _InSlices(Silent):
@@ -55,7 +71,7 @@ def upgrade(paths: HostPaths, operation: operations.Upgrade, channel: Channel) -
         return work.pull(paths, operation, channel)
     from hostimaged.host.stage import unlock
 
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         return unlock(session)
 
 
@@ -73,7 +89,7 @@ def stage(paths: HostPaths, operation: operations.Stage, channel: Channel) -> di
         allow_downgrade=operation.allow_downgrade,
         max_entries=operation.max_entries,
     )
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         return stage_image(session, request)
 
 
@@ -81,7 +97,7 @@ def unstage(paths: HostPaths, operation: operations.Unstage, channel: Channel) -
     """Take back what is staged."""
     from hostimaged.host.stage import unstage as take_back
 
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         return take_back(session)
 
 
@@ -89,7 +105,7 @@ def rollback(paths: HostPaths, operation: operations.Rollback, channel: Channel)
     """Choose what boots next."""
     from hostimaged.host import reorder
 
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         match operation.action:
             case "rollback":
                 return reorder.rollback(session)
@@ -105,7 +121,7 @@ def delete(paths: HostPaths, operation: operations.Delete, channel: Channel) -> 
     """Remove a deployment."""
     from hostimaged.host import reorder
 
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         return reorder.delete(session, DeploymentId(operation.deployment))
 
 
@@ -123,7 +139,7 @@ def kernel_arguments(
     """Change the kernel arguments of what boots next."""
     from hostimaged.host import reorder
 
-    with _session(paths, channel, operation.lock_timeout) as session:
+    with _change(paths, channel, operation.lock_timeout) as session:
         return reorder.set_kernel_arguments(session, operation.add, operation.remove)
 
 
@@ -132,21 +148,21 @@ def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict
 
     ``diff`` is the whole as JSON text (``hostimaged.host.diff``), beside it are its numbers.
     """
+    from hostimaged.composefs.repository import Repository
     from hostimaged.host import diff as comparison
+    from hostimaged.host import espmount
     from hostimaged.host.read import read_host
     from hostimaged.host.session import optional_verity
     from hostimaged.jobs.slices import reading
 
+    old, new = DeploymentId(operation.deployment), DeploymentId(operation.other)
+    # Before anything is waited for: others may want to write to the ESP.
+    with Repository.open_unlocked(paths.repository) as repository, espmount.reached(paths) as found:
+        both = comparison.Both.read(read_host(found, repository), old, new)
     with reading(
         paths.repository, channel, lock_timeout=operation.lock_timeout, insecure=optional_verity(paths)
     ) as (repository, slices):
-        document = comparison.diff(
-            repository,
-            read_host(paths, repository),
-            DeploymentId(operation.deployment),
-            DeploymentId(operation.other),
-            _InSlices(slices),
-        )
+        document = comparison.diff(repository, both, _InSlices(slices))
     numbers = {f"files-{key}": number for key, number in document["files"].items() if key != "list"}
     return {
         "diff": comparison.render(document),
@@ -162,8 +178,17 @@ def recover(paths: HostPaths, operation: operations.Recover, channel: Channel) -
     from hostimaged.host.recover import settle
 
     try:
-        with _session(paths, channel, operation.lock_timeout) as session:
+        with _change(paths, channel, operation.lock_timeout) as session:
             settle(session)
     except RepositoryMissing:
         pass
     return {"result": "recovered"}
+
+
+def soft_reboot(paths: HostPaths, operation: operations.SoftReboot, channel: Channel) -> dict[str, Any]:
+    """Prepare what boots next for a soft reboot."""
+    from hostimaged.host import softreboot
+    from hostimaged.jobs.operations import NOT_NEEDED, PREPARED, SOFT_REBOOT
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return {SOFT_REBOOT: PREPARED if softreboot.prepare(session) else NOT_NEEDED}

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 MAX_ORDER: Final = 64 << 10
 
 
+#: In the result of a job that a soft reboot was to follow: whether what boots next is prepared, or what runs.
+SOFT_REBOOT: Final = "soft-reboot"
+PREPARED: Final = "prepared"
+NOT_NEEDED: Final = "not-needed"
+
+
 class Profile(StrEnum):
     """Privileges of a worker, chosen before it reads its first byte of input."""
 
@@ -39,6 +45,9 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
     Profile.SCAN: frozenset({Capability.DAC_READ_SEARCH}),
     Profile.PULL: frozenset({Capability.DAC_READ_SEARCH}),
     # Deployments: trees of any owner, device nodes and attributes of any kind in their /etc, mounts.
+    # SYS_ADMIN and SYS_CHROOT are also what it takes to enter the mount namespace of the host, where systemd
+    # looks for the root that a soft reboot starts. To open that namespace takes SYS_PTRACE as well, which is
+    # used before anything is read, and not kept.
     Profile.HOST: frozenset(
         {
             Capability.CHOWN,
@@ -50,6 +59,7 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.MKNOD,
             Capability.SETFCAP,
             Capability.SYS_ADMIN,
+            Capability.SYS_CHROOT,
         }
     ),
     Profile.PULL_STORAGE: frozenset(
@@ -263,6 +273,12 @@ class KernelArguments(_HostOperation):
     remove: tuple[str, ...] = Field(default=(), max_length=64)
 
 
+class SoftReboot(_HostOperation):
+    """Prepare what boots next for a soft reboot: the last thing a job does whose callers want one."""
+
+    kind: Literal["soft-reboot"] = "soft-reboot"
+
+
 class Recover(_HostOperation):
     """Finish or take back what was interrupted."""
 
@@ -360,6 +376,7 @@ Operation = Annotated[
     | Delete
     | Pin
     | KernelArguments
+    | SoftReboot
     | Recover,
     Field(discriminator="kind"),
 ]

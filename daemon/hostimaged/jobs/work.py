@@ -36,7 +36,7 @@ def pull(
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
         with suppress(HostimageError):
-            scan(paths, None, channel)
+            scan_after(paths, channel)
     return result.as_dict()
 
 
@@ -62,3 +62,14 @@ def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel)
     from hostimaged.host.status import scan as scan_host
 
     channel.status(scan_host(paths))
+
+
+def scan_after(paths: HostPaths, channel: Channel) -> None:
+    """Read the state of the host at the end of a job.
+
+    Raises ``BootLoaderError`` where it takes more privileges than the job has to look at the boot entries:
+    then the daemon, which was told nothing, scans itself.
+    """
+    from hostimaged.host.status import scan as scan_host
+
+    channel.status(scan_host(paths, whole=True))

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from hostimaged.system import syscalls
+from hostimaged.system import mountcalls, syscalls
 
 #: Flags of a mount that a remount must repeat, by their bit in statvfs (statvfs(3)) and in mount(2).
 _KEPT_FLAGS: Final = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
@@ -22,14 +22,18 @@ _MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 def make_writable(path: Path) -> None:
     """Make the mount that ``path`` lies on writable for this process and its children only.
 
-    Does nothing if it is writable already or ``path`` does not exist. What the file system or its device
-    forbids stays forbidden. Call it before the first thread. Raises ``OSError``, with EPERM for a lack of
-    CAP_SYS_ADMIN.
+    Does nothing if it is writable already, ``path`` does not exist, or an automount waits there. What the
+    file system or its device forbids stays forbidden. Call it before the first thread. Raises ``OSError``,
+    with EPERM for a lack of CAP_SYS_ADMIN.
     """
     try:
-        flags = os.statvfs(path).f_flag
+        fd = mountcalls.open_without_automount(path)
     except FileNotFoundError:
         return
+    try:
+        flags = os.fstatvfs(fd).f_flag
+    finally:
+        os.close(fd)
     if not flags & os.ST_RDONLY:
         return
     mount_point = _mount_point(path)
@@ -40,12 +44,30 @@ def make_writable(path: Path) -> None:
     syscalls.mount(mount_point, syscalls.MS_REMOUNT | syscalls.MS_BIND | kept)
 
 
+def sources_at(table: Path | None, path: Path) -> list[str]:
+    """What is mounted at exactly ``path``, by the names of the sources; the one that is seen is the last.
+
+    ``table`` is the table of mounts of another process, None for our own. Raises ``OSError``.
+    """
+    wanted = os.fsencode(path.resolve())
+    found = []
+    for line in (table or _MOUNT_TABLE).read_bytes().splitlines():
+        before, _, after = line.partition(b" - ")
+        if _plain(before.split(b" ")[4]) == wanted:
+            found.append(os.fsdecode(_plain(after.split(b" ")[1])))
+    return found
+
+
+def _plain(field: bytes) -> bytes:
+    return _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), field)
+
+
 def _mount_point(path: Path) -> bytes:
     """Where the mount that ``path`` lies on is mounted; the last line of the table covers earlier ones."""
     resolved = os.fsencode(path.resolve())
     best = b"/"
     for line in _MOUNT_TABLE.read_bytes().splitlines():
-        point = _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4])
+        point = _plain(line.split(b" ")[4])
         inside = resolved == point or resolved.startswith(point.rstrip(b"/") + b"/")
         if inside and len(point) >= len(best):
             best = point

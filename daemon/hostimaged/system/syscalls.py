@@ -1,8 +1,9 @@
 """System calls and ioctls that Python's ``os`` does not offer, each a thin typed function.
 
-The only module with ctypes, ioctl and flock. Policy (retries, time-outs, what an error means for a
-repository) is not here. Functions raise ``OSError`` as ``os`` does, except where their contract says
-otherwise. Numbers are those of the Linux user-space headers; fs-verity's come from ``linux/fsverity.h``.
+With ``mountcalls``, which makes mounts, the only module with ctypes, ioctls of files and flock. Policy
+(retries, time-outs, what an error means for a repository) is not here. Functions raise ``OSError`` as ``os``
+does, except where their contract says otherwise. Numbers are those of the Linux user-space headers;
+fs-verity's come from ``linux/fsverity.h``.
 """
 
 from __future__ import annotations

@@ -44,6 +44,58 @@ print("fine")
 """
 
 
+# An automount whose program is this one; a look from outside its process group waits for it to be answered.
+_AUTOMOUNT = """
+import os, subprocess, sys
+from pathlib import Path
+from hostimaged.system import mountcalls, syscalls
+syscalls.mount("/", syscalls.MS_REC | syscalls.MS_PRIVATE)
+path = Path(sys.argv[1])
+asked, pipe = os.pipe()
+options = {"fd": str(pipe), "pgrp": str(os.getpgrp()), "minproto": "5", "maxproto": "5", "direct": None}
+mount = mountcalls.make_mount("autofs", source="test", options=options)
+mountcalls.place_mount(mount, os.open(path, os.O_PATH))
+look = "import sys; from pathlib import Path; from hostimaged.system import mounts; " + sys.argv[2]
+process = subprocess.Popen([sys.executable, "-c", look, str(path)], start_new_session=True)
+os.set_blocking(asked, False)
+try:
+    code = process.wait(float(sys.argv[3]))
+except subprocess.TimeoutExpired:
+    process.kill()
+    code = "waits"
+try:
+    os.read(asked, 1000)
+    print(code, "asked")
+except BlockingIOError:
+    print(code, "nothing")
+mountcalls.detach(path)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize(
+    ("look", "told", "patience"),
+    [
+        ("mounts.make_writable(Path(sys.argv[1]))", "0 nothing", 60.0),
+        # What it would be otherwise.
+        ("(Path(sys.argv[1]) / 'x').exists()", "waits asked", 2.0),
+    ],
+)
+def test_an_automount_is_not_set_off(tmp_path: Path, look: str, told: str, patience: float) -> None:
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", _AUTOMOUNT, str(tmp_path), look, str(patience)],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY_ROOT}/daemon:{REPOSITORY_ROOT}/dbus"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    if "unshare failed" in done.stderr or "No such device" in done.stderr:
+        pytest.skip("this machine allows no mount namespaces, or has no automounts")
+    assert (done.stdout, done.stderr) == (f"{told}\n", "")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 @pytest.mark.parametrize("name", ["plain", "with space\\and\ttab"])
 def test_only_this_process_may_write(tmp_path: Path, name: str) -> None:
