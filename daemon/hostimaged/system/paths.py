@@ -126,6 +126,11 @@ class HostPaths:
         return self.physical_root / "composefs"
 
     @property
+    def deployments(self) -> Path:
+        """Holds a directory for each deployment."""
+        return self.physical_root / "state/deploy"
+
+    @property
     def state(self) -> Path:
         """Our own persistent state."""
         return self.physical_root / "state/hostimaged"
