@@ -54,6 +54,7 @@ class Model:
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
+        self._unwatched = ""
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -61,6 +62,10 @@ class Model:
         self.settings = settings
         self._own_problems = list(_problems(settings, problems, self._history))
         self.changed()
+
+    def set_unwatched(self, why: str) -> None:
+        """Changes by other programs are noticed late, and why; "": they are noticed at once."""
+        self._unwatched = why
 
     def changed(self) -> None:
         """Something in the status document changed."""
@@ -160,7 +165,13 @@ class Model:
         return self._updates.current(self.tracked, self._status.findings)
 
     def _problems(self) -> list[Problem]:
-        return [*self._own_problems, *self._status.findings.problems]
+        unwatched = [_unwatched(self._unwatched)] if self._unwatched else []
+        return [*self._own_problems, *unwatched, *self._status.findings.problems]
+
+
+def _unwatched(why: str) -> Problem:
+    text = f"what other programs change is noticed late: {why}"
+    return Problem(id="watch", severity="warning", text=text)
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:
