@@ -130,6 +130,7 @@ def _prepare(
     from hostimaged import config, log
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.service import Service
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
@@ -142,6 +143,8 @@ def _prepare(
     history.load()
     holds = Holds(paths.holds_file, boot_id)
     holds.load()
+    sizes = Sizes(paths.sizes_file, boot_id)
+    sizes.load()
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
 
@@ -160,6 +163,7 @@ def _prepare(
             history=history,
             holds=holds,
             updates=updates,
+            sizes=sizes,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

@@ -25,6 +25,7 @@ from hostimage_testing.debian import Debian
 from hostimage_testing.host import scratch_host
 from hostimaged.bus.holds import Holds
 from hostimaged.bus.service import Service
+from hostimaged.bus.sizes import Sizes
 from hostimaged.bus.updates import Updates
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
@@ -107,6 +108,7 @@ async def serving(
             load_settings=lambda: (Settings(), []),
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
             updates=Updates(root / "run/hostimaged/check.json", "boot"),
+            sizes=Sizes(root / "run/hostimaged/sizes.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

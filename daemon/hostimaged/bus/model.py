@@ -135,7 +135,7 @@ class Model:
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
-            "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
+            "RepositorySize": [(findings.repository and findings.repository.used) or 0, 0],
         }
 
     def answer(self) -> Encoded:

@@ -57,13 +57,16 @@ class Rescans:
         self._told = ""
         self._watches: Watches | None = None
         self._mounts: MountChanges | None = None
-        self._remounted = False
+        self._wanted = False
         self._news = asyncio.Event()
         self._job_ended = asyncio.Event()
 
     def job_ended(self) -> None:
-        """A job ended."""
+        """A job ended; sizes are measured anew if they hold no longer."""
         self._job_ended.set()
+        if not self._status.is_measured:
+            self._wanted = True
+            self._news.set()
 
     async def run(self) -> None:
         """Scan, and scan again when it is due, until cancelled."""
@@ -133,6 +136,8 @@ class Rescans:
         In between nothing is listened to: a storm of what does not matter costs a few wake-ups each second.
         """
         self._news.clear()
+        if self._wanted:
+            self._news.set()
         self._listen(listen=True)
         try:
             await self._news.wait()
@@ -159,12 +164,12 @@ class Rescans:
         """To be told at once: it is told to one listener only."""
         if self._mounts is not None:
             self._mounts.take()
-        self._remounted = True
+        self._wanted = True
         self._news.set()
 
     async def _changed(self) -> bool:
         """Take what has happened until now; whether anything of it matters."""
-        changed, self._remounted = self._remounted, False
+        changed, self._wanted = self._wanted, False
         for _ in range(_READS):
             if self._watches is None or (matters := self._watches.read()) is None:
                 break

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hostimage_dbus.transport import Connection, MethodCall
     from hostimaged.bus.authorization import Member
     from hostimaged.bus.holds import Holds
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
@@ -55,8 +56,9 @@ class Service:
     """Serves ``connection`` until ``stop``; its tasks belong to ``tasks``, those of calls to ``calls``.
 
     After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
-    ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
-    block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
+    ``history``, ``holds``, ``updates`` and ``sizes`` are loaded. ``load_settings`` reads the settings again,
+    and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service
+    does.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Service:
         history: History,
         holds: Holds,
         updates: Updates,
+        sizes: Sizes,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -95,7 +98,7 @@ class Service:
         gate = Gate(callers, authority, self._logind, paths)
         self._inhibitors = Inhibitors(self._logind.inhibit, tasks)
         self._diffs = DiffCache()
-        self._status = StatusCache(self._worker, self._changed)
+        self._status = StatusCache(self._worker, self._changed, sizes)
         self._queue = JobQueue(history, self, self._status, self._worker)
         self._rescans = Rescans(paths, self._status, lambda: self._queue.changing, self._unwatched)
         self._deployments = DeploymentObjects(self._server, self._guarded)

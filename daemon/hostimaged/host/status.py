@@ -13,6 +13,7 @@ from hostimaged.errors import HostimageError
 from hostimaged.host import bootc_v1
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
+from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
+def scan(paths: HostPaths, *, esp: Path | None = None, used: bool = True) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
     The repository is opened once. ``esp``: where the caller has mounted the ESP, if it is not mounted.
+    ``used``: whether to find out how much the objects take, which takes the longest.
     """
     problems: list[Problem] = []
     try:
@@ -37,8 +39,9 @@ def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
         repository = None
         problems.append(Problem(ProblemId.REPOSITORY, error.message))
     try:
-        found = scan_repository(paths, repository)
+        found = scan_repository(paths, repository, used=used)
         state = read_host(paths, repository, esp=esp, soft_reboots=True)
+        found["contents"] = "" if repository is None else contents_of(repository, state)
     finally:
         if repository is not None:
             repository.close()

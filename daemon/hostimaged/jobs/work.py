@@ -45,8 +45,16 @@ def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> di
     return check_image(paths, ImageReference.parse(operation.reference), channel).as_dict()
 
 
-def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
-    """Read the state of the host."""
+def scan(paths: HostPaths, operation: operations.Scan | None, channel: Channel) -> None:
+    """Read the state of the host; then, in a scan of its own (``operation``), how much space is taken."""
     from hostimaged.host.status import scan as scan_host
 
-    channel.status(scan_host(paths))
+    channel.status(scan_host(paths, used=operation is None))
+    if operation is None:
+        return
+    from hostimaged.host.sizes import measure
+
+    sizes = measure(paths, operation.known, channel)
+    if sizes is not None:
+        exclusive = {str(id_): size for id_, size in sizes.exclusive.items()}
+        channel.sizes(sizes.contents, sizes.used, exclusive)

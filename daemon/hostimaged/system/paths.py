@@ -184,6 +184,11 @@ class HostPaths:
         """The last check of the tracked image, kept over restarts of the daemon within a boot."""
         return self.run_dir / "check.json"
 
+    @property
+    def sizes_file(self) -> Path:
+        """The last measurement of sizes, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "sizes.json"
+
 
 def _auth_files(root: Path) -> tuple[Path, ...]:
     """The auth files bootc passes, most specific first."""

@@ -32,6 +32,7 @@ class Scans:
         self.seen: list[list[str]] = []
         self.times: list[float] = []
         self.takes = 0.0
+        self.is_measured = True
         self._news = asyncio.Event()
 
     async def refresh(self) -> None:
@@ -183,6 +184,19 @@ async def test_nothing_is_scanned_while_a_job_changes_something(bench: Bench) ->
         bench.changing = False
         bench.rescans.job_ended()
         await bench.scans.see("by-somebody")
+
+    await running(bench, during)
+
+
+async def test_sizes_that_do_not_hold_are_measured_after_a_job(bench: Bench) -> None:
+    async def during() -> None:
+        bench.rescans.job_ended()
+        await asyncio.sleep(3 * INTERVAL)
+        assert len(bench.scans.seen) == 1
+        bench.scans.is_measured = False
+        bench.rescans.job_ended()
+        bench.scans.is_measured = True
+        await bench.scans.reach(2)
 
     await running(bench, during)
 
