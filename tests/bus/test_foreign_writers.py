@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,17 @@ async def test_ten_thousand_changes(
     assert used < 0.1 * took + 0.5
 
 
+def links(daemon: Daemon) -> list[str]:
+    """What the daemon has open, but for what it closes just now."""
+    assert daemon.process is not None
+    place = f"/proc/{daemon.process.pid}/fd"
+    found = []
+    for fd in os.listdir(place):
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(f"{place}/{fd}"))
+    return found
+
+
 async def test_nothing_is_kept_open(life: Life, served: Daemon, client: Client) -> None:
     """Nothing of the host that could be written to, or that would keep a file system busy."""
     host = life.host
@@ -336,9 +348,7 @@ async def test_nothing_is_kept_open(life: Life, served: Daemon, client: Client) 
     seen = Seen(client)
     host.write_tag(life.booted.image, "localhost/hostimaged-pin-")
     await seen.deployment(life.booted, "Pinned", True)
-    assert served.process is not None
-    place = f"/proc/{served.process.pid}/fd"
-    opened = [os.readlink(f"{place}/{fd}") for fd in os.listdir(place)]
+    opened = links(served)
     assert "anon_inode:inotify" in opened
     ours = (str(host.root / "run/hostimaged"), str(served.log))
     assert [to for to in opened if to.startswith(str(host.root)) and not to.startswith(ours)] == []
