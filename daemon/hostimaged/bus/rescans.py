@@ -27,7 +27,7 @@ QUIET: Final = 0.2
 _MOMENTS: Final = 10
 #: Seconds between the starts of two scans, at least; and how much longer than a scan takes it is to the next.
 INTERVAL: Final = 2.0
-_SHARE: Final = 5
+_SHARE: Final = 3
 #: Seconds after which there is a scan in any case: objects are not watched, and a watch can be missing.
 EVERY: Final = 900.0
 #: Reads in a row; the kernel keeps 16,384 events by default, which is some 10 of them.
