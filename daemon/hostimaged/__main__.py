@@ -131,6 +131,7 @@ def _prepare(
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
     from hostimaged.bus.service import Service
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
@@ -143,6 +144,8 @@ def _prepare(
     history.load()
     holds = Holds(paths.holds_file, boot_id)
     holds.load()
+    sizes = Sizes(paths.sizes_file, boot_id)
+    sizes.load()
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
     policy = Policy(paths)
@@ -165,6 +168,7 @@ def _prepare(
             updates=updates,
             policy=policy,
             boot_failure=read_boot_failure(paths.boot_file, boot_id),
+            sizes=sizes,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

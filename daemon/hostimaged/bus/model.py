@@ -66,6 +66,7 @@ class Model:
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
+        self._unwatched = ""
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -73,6 +74,10 @@ class Model:
         self.settings = settings
         self._own_problems = list(_problems(settings, problems, self._history))
         self.changed()
+
+    def set_unwatched(self, why: str) -> None:
+        """Changes by other programs are noticed late, and why; "": they are noticed at once."""
+        self._unwatched = why
 
     def changed(self) -> None:
         """Something in the status document changed."""
@@ -154,7 +159,7 @@ class Model:
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
-            "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
+            "RepositorySize": [(findings.repository and findings.repository.used) or 0, 0],
         }
 
     def answer(self) -> Encoded:
@@ -185,6 +190,8 @@ class Model:
 
     def _problems(self) -> list[Problem]:
         own = [*self._own_problems]
+        if self._unwatched:
+            own.append(_unwatched(self._unwatched))
         if self._policy.problem:
             own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
         if self._boot_failure is not None:
@@ -209,6 +216,11 @@ class Model:
                 "time": last.finished,
             }
         )
+
+
+def _unwatched(why: str) -> Problem:
+    text = f"what other programs change is noticed late: {why}"
+    return Problem(id="watch", severity="warning", text=text)
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:

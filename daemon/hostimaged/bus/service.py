@@ -20,6 +20,7 @@ from hostimaged.bus.logcontrol import LogControl
 from hostimaged.bus.manager import Manager
 from hostimaged.bus.model import Model
 from hostimaged.bus.polkit import Authority
+from hostimaged.bus.rescans import Rescans
 from hostimaged.bus.status import StatusCache
 from hostimaged.errors import HostimageError
 from hostimaged.jobs.conditions import CONDITIONS, Watch
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.bootfailure import BootFailure
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
@@ -56,9 +58,9 @@ class Service:
     """Serves ``connection`` until ``stop``; its tasks belong to ``tasks``, those of calls to ``calls``.
 
     After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
-    ``history``, ``holds``, ``updates`` and ``policy`` are loaded. ``load_settings`` reads the settings again,
-    and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service
-    does. ``boot_failure``: what was wrong with this boot.
+    ``history``, ``holds``, ``updates``, ``sizes`` and ``policy`` are loaded. ``load_settings`` reads the
+    settings again, and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told
+    what the service does. ``boot_failure``: what was wrong with this boot.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Service:
         updates: Updates,
         policy: Policy,
         boot_failure: BootFailure | None,
+        sizes: Sizes,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -100,8 +103,9 @@ class Service:
         gate = Gate(callers, authority, self._logind, paths)
         self._inhibitors = Inhibitors(self._logind.inhibit, tasks)
         self._diffs = DiffCache()
-        self._status = StatusCache(self._worker, self._changed)
+        self._status = StatusCache(self._worker, self._changed, sizes)
         self._queue = JobQueue(history, self, self._status, self._worker)
+        self._rescans = Rescans(paths, self._status, lambda: self._queue.changing, self._unwatched)
         self._deployments = DeploymentObjects(self._server, self._guarded)
         self._model = Model(
             queue=self._queue,
@@ -134,7 +138,7 @@ class Service:
         holds.changed = self._hold_changed
 
     def start(self) -> None:
-        """Answer calls, tell the fate of jobs that an earlier daemon left, and scan the host."""
+        """Answer calls, tell the fate of jobs that an earlier daemon left, and watch the host."""
         self._manager.export()
         self._log_control.export()
         self._server.start()
@@ -150,7 +154,7 @@ class Service:
         ]
         self._tasks.create_task(self._queue.save())
         self._lanes = self._tasks.create_task(self._queue.run())
-        self._scan = self._tasks.create_task(self._status.refresh())
+        self._scans = self._tasks.create_task(self._rescans.run())
         self._recovery = self._tasks.create_task(self._recover())
 
     async def _recover(self) -> None:
@@ -162,7 +166,7 @@ class Service:
 
     async def stop(self) -> None:
         """Cancel all jobs, and wait until their ends are announced."""
-        for task in (self._scan, self._recovery, *self._watches):
+        for task in (self._scans, self._recovery, *self._watches):
             task.cancel()
         self._holds.close()
         await self._queue.stop()
@@ -205,6 +209,10 @@ class Service:
         self._deployments.update(self._status.findings.deployments)
         self._manager.refresh()
 
+    def _unwatched(self, why: str) -> None:
+        self._model.set_unwatched(why)
+        self._manager.refresh()
+
     # hostimaged.jobs.queue.Observer
 
     def job_added(self, job: Job) -> None:
@@ -228,6 +236,7 @@ class Service:
 
         By then nothing of it keeps the machine awake: who waits may want to restart it.
         """
+        self._rescans.job_ended()
         self._inhibitors.release(job)
         self._diffs.take(job, self._status.findings.deployments)
         if self._updates.job_ended(job, self._model.tracked):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOADER: Final = "loader"
 GRUB: Final = "grub2"
+#: File system of what is mounted when somebody looks; of an automount, until then.
+AUTOFS: Final = "autofs"
 _EFI_LINUX: Final = "EFI/Linux"
 #: More lines than any host has; what is beyond is not looked at.
 _MAX_TABLE: Final = 16 << 20
@@ -106,7 +108,7 @@ def candidates(paths: HostPaths, loader: Bootloader, table: list[Mount]) -> list
         return [_on_esp(loader, esp)]
     found = []
     mount = mount_at(table, os.fsencode(paths.boot))
-    if mount is not None and mount.filesystem != "autofs" and _has_grub(paths.boot):
+    if mount is not None and mount.filesystem != AUTOFS and _has_grub(paths.boot):
         found.append(_grub(loader, paths.boot, esp, own=True))
     physical = paths.physical_root / "boot"
     own = mount_at(table, os.fsencode(physical)) is not None

@@ -23,7 +23,6 @@ from hostimaged.host.marker import read_marker
 from hostimaged.host.model import Deployment, HostState, Problem, ProblemId, Role, Severity
 from hostimaged.host.rows import RowFacts, read_row
 from hostimaged.host.softcheck import SoftRebootCheck
-from hostimaged.host.statedirs import deploy_directory
 from hostimaged.host.tags import PIN_TAG
 from hostimaged.ids import DeploymentId
 from hostimaged.oci.images import tags
@@ -156,7 +155,7 @@ class _Reader:
         if booted is not None:
             ids.append(booted.id)
         facts = RowFacts(
-            deploy=deploy_directory(self.paths),
+            deploy=self.paths.deployments,
             repository=self.repository,
             images=None if self.repository is None else ImageSource(self.repository),
             dirs=dirs,

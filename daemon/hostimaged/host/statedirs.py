@@ -29,19 +29,14 @@ ETC: Final = "etc"
 VAR: Final = "var"
 
 
-def deploy_directory(paths: HostPaths) -> Path:
-    """Holds a directory for each deployment."""
-    return paths.physical_root / "state/deploy"
-
-
 def state_directory(paths: HostPaths, id_: DeploymentId) -> Path:
     """The directory of a deployment."""
-    return deploy_directory(paths) / str(id_)
+    return paths.deployments / str(id_)
 
 
 def origins(paths: HostPaths) -> list[Path]:
     """Where the origins of all deployments are, or would be. Raises ``StorageError``."""
-    deploy = deploy_directory(paths)
+    deploy = paths.deployments
     with told(f"cannot read {deploy}"):
         try:
             names = os.listdir(deploy)
@@ -78,7 +73,7 @@ def finish(paths: HostPaths, built: Path, id_: DeploymentId, origin: Origin) -> 
 
     Raises ``StorageError`` if there is a directory of that name.
     """
-    deploy = deploy_directory(paths)
+    deploy = paths.deployments
     with told(f"cannot make {state_directory(paths, id_)}"):
         durable.replace_file(built / origin_name(id_), origin.serialise())
         deploy.mkdir(0o755, parents=True, exist_ok=True)

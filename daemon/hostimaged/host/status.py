@@ -14,6 +14,7 @@ from hostimaged.errors import BootLoaderError, HostimageError
 from hostimaged.host import bootc_v1, espmount
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
+from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, whole: bool = False) -> dict[str, Any]:
+def scan(paths: HostPaths, *, whole: bool = False, used: bool = True) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
     The repository is opened once, and so is the ESP, which is given back. ``whole``: not without the ESP;
-    raises ``BootLoaderError`` if it cannot be mounted, which else is a problem.
+    raises ``BootLoaderError`` if it cannot be mounted, which else is a problem. ``used``: whether to find out
+    how much the objects take, which takes the longest.
     """
     problems: list[Problem] = []
     try:
@@ -37,12 +39,12 @@ def scan(paths: HostPaths, *, whole: bool = False) -> dict[str, Any]:
         problems.append(Problem(ProblemId.BOOT_DIRECTORY, error.message))
         paths = replace(paths, esp_sought=True)
     try:
-        return _scan(paths, problems)
+        return _scan(paths, problems, used=used)
     finally:
         espmount.release(paths)
 
 
-def _scan(paths: HostPaths, problems: list[Problem]) -> dict[str, Any]:
+def _scan(paths: HostPaths, problems: list[Problem], *, used: bool) -> dict[str, Any]:
     try:
         repository = Repository.open_unlocked(paths.repository)
     except RepositoryMissing:
@@ -51,8 +53,9 @@ def _scan(paths: HostPaths, problems: list[Problem]) -> dict[str, Any]:
         repository = None
         problems.append(Problem(ProblemId.REPOSITORY, error.message))
     try:
-        found = scan_repository(paths, repository)
+        found = scan_repository(paths, repository, used=used)
         state = read_host(paths, repository, soft_reboots=True)
+        found["contents"] = "" if repository is None else contents_of(repository, state)
     finally:
         if repository is not None:
             repository.close()

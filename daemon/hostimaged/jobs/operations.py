@@ -344,11 +344,15 @@ class SetPolicy(_Operation):
 
 
 class Scan(_Operation):
-    """Read the state of the host; changes nothing and takes no lock."""
+    """Read the state of the host; changes nothing and takes no lock.
+
+    ``known``: the contents of the repository for which the sizes of deployments are known.
+    """
 
     mutating = False
 
     kind: Literal["scan"] = "scan"
+    known: str = Field(default="", max_length=128)
     lock_timeout: float = 0.0
 
     @property

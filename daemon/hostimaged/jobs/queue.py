@@ -106,6 +106,11 @@ class JobQueue:
         return next((job for job in self._lanes.running if not job.state.finished), None)
 
     @property
+    def changing(self) -> bool:
+        """Whether a job that changes something runs; its end is announced when this is no longer so."""
+        return any(job.operation.mutating for job in self._lanes.running)
+
+    @property
     def waiting(self) -> tuple[Job, ...]:
         """The jobs that wait, in the order in which they would start."""
         return tuple(job for job in self._lanes.waiting if not job.state.finished)

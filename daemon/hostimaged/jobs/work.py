@@ -57,11 +57,17 @@ def set_policy(paths: HostPaths, operation: operations.SetPolicy, _channel: Chan
     updatepolicy.write(paths, operation.policy)
 
 
-def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
-    """Read the state of the host."""
+def scan(paths: HostPaths, operation: operations.Scan, channel: Channel) -> None:
+    """Read the state of the host; then how much space is taken."""
     from hostimaged.host.status import scan as scan_host
 
-    channel.status(scan_host(paths))
+    channel.status(scan_host(paths, used=False))
+    from hostimaged.host.sizes import measure
+
+    sizes = measure(paths, operation.known, channel)
+    if sizes is not None:
+        exclusive = {str(id_): size for id_, size in sizes.exclusive.items()}
+        channel.sizes(sizes.contents, sizes.used, exclusive)
 
 
 def scan_after(paths: HostPaths, channel: Channel) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +61,39 @@ def sources_at(table: Path | None, path: Path) -> list[str]:
 
 def _plain(field: bytes) -> bytes:
     return _OCTAL.sub(lambda found: bytes([int(found[1], 8)]), field)
+
+
+class MountChanges:
+    """Tells when mounts come or go: ``fileno`` is readable then, once for a change (proc_pid_mounts(5)).
+
+    Raises ``OSError``.
+    """
+
+    __slots__ = ("_epoll", "_table")
+
+    def __init__(self) -> None:
+        self._table = _MOUNT_TABLE.open("rb", buffering=0)
+        try:
+            # The file itself always counts as readable; that it changed is news of another kind, for which
+            # event loops do not ask.
+            self._epoll = select.epoll()
+            self._epoll.register(self._table, select.EPOLLPRI)
+        except BaseException:
+            self._table.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+        return self._epoll.fileno()
+
+    def take(self) -> None:
+        """The change was noticed: the descriptor is readable again after the next one."""
+        self._epoll.poll(0)
+
+    def close(self) -> None:
+        """Look no longer. Twice is harmless."""
+        self._epoll.close()
+        self._table.close()
 
 
 def _mount_point(path: Path) -> bytes:

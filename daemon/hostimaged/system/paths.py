@@ -139,6 +139,11 @@ class HostPaths:
         return self.physical_root / "composefs"
 
     @property
+    def deployments(self) -> Path:
+        """Holds a directory for each deployment."""
+        return self.physical_root / "state/deploy"
+
+    @property
     def state(self) -> Path:
         """Our own persistent state."""
         return self.physical_root / "state/hostimaged"
@@ -206,6 +211,11 @@ class HostPaths:
     def updates_file(self) -> Path:
         """The last check of the tracked image, kept over restarts of the daemon within a boot."""
         return self.run_dir / "check.json"
+
+    @property
+    def sizes_file(self) -> Path:
+        """The last measurement of sizes, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "sizes.json"
 
 
 def _auth_files(root: Path) -> tuple[Path, ...]:

@@ -44,6 +44,9 @@ print("fine")
 """
 
 
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+
+
 # An automount whose program is this one; a look from outside its process group waits for it to be answered.
 _AUTOMOUNT = """
 import os, subprocess, sys
@@ -72,7 +75,7 @@ mountcalls.detach(path)
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@needs_root
 @pytest.mark.parametrize(
     ("look", "told", "patience"),
     [
@@ -96,13 +99,10 @@ def test_an_automount_is_not_set_off(tmp_path: Path, look: str, told: str, patie
     assert (done.stdout, done.stderr) == (f"{told}\n", "")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-@pytest.mark.parametrize("name", ["plain", "with space\\and\ttab"])
-def test_only_this_process_may_write(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    (path / "below").mkdir(parents=True)
+def run(script: str, path: Path) -> None:
+    """Run a script with mounts of its own; it prints ``fine``."""
     done = subprocess.run(
-        ["unshare", "-m", sys.executable, "-c", _SCRIPT, str(path)],
+        ["unshare", "-m", sys.executable, "-c", script, str(path)],
         env=os.environ | {"PYTHONPATH": f"{REPOSITORY_ROOT}/daemon:{REPOSITORY_ROOT}/dbus"},
         capture_output=True,
         text=True,
@@ -113,6 +113,14 @@ def test_only_this_process_may_write(tmp_path: Path, name: str) -> None:
     if "unshare failed" in done.stderr:
         pytest.skip("this machine allows no mount namespaces")
     assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["plain", "with space\\and\ttab"])
+def test_only_this_process_may_write(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    (path / "below").mkdir(parents=True)
+    run(_SCRIPT, path)
     assert not (path / "other").exists()
     assert (path / "probe").exists()
 
@@ -126,3 +134,39 @@ def test_what_is_writable_or_missing_is_left_alone(tmp_path: Path, monkeypatch: 
 def test_a_failing_call_raises(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
         syscalls.mount(tmp_path / "missing", syscalls.MS_REMOUNT)
+
+
+# As above.
+_MOUNTS = """
+import os, select, subprocess, sys
+from hostimaged.system import inotify, mounts, syscalls
+path = sys.argv[1]
+syscalls.mount("/", syscalls.MS_REC | syscalls.MS_PRIVATE)
+changes = mounts.MountChanges()
+watches = inotify.Inotify()
+def told():
+    return bool(select.select([changes], [], [], 0)[0])
+assert not told()
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
+assert told()
+changes.take()
+assert not told()
+fd = os.open(path, os.O_PATH)
+number = watches.watch(fd)
+os.close(fd)
+# A watch keeps nothing busy, and ends with its file system.
+subprocess.run(["umount", path], check=True)
+assert told()
+changes.take()
+ends = [event.mask for event in watches.read() if event.watch == number]
+assert ends[-2] & inotify.Mask.UNMOUNT and ends[-1] == inotify.Mask.IGNORED, ends
+assert not told()
+changes.close()
+changes.close()
+print("fine")
+"""
+
+
+@needs_root
+def test_mounts_are_told_and_watches_keep_none_busy(tmp_path: Path) -> None:
+    run(_MOUNTS, tmp_path)

@@ -27,7 +27,7 @@ from hostimaged.errors import (
 from hostimaged.system import durable, locks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from hostimaged.composefs.fsverity import Buffer
@@ -314,6 +314,10 @@ class Repository:
     def used_bytes(self) -> int:
         """Bytes that its objects take on disk (blocks, not lengths); looks at every object."""
         return self._objects.used_bytes()
+
+    def scan_objects(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every file among the objects: its path below ``objects`` and its status, without a lock."""
+        return self._objects.scan()
 
     # --- objects -------------------------------------------------------------------------------------------
 
