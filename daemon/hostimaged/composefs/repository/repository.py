@@ -334,6 +334,10 @@ class Repository:
         """A descriptor of an object, the caller's to close; ``ObjectMissing`` if there is none."""
         return self._objects.open(id_)
 
+    def open_verified(self, id_: ObjectId, /) -> int:
+        """As ``open_object``, with the digest checked in any case: by the kernel, or by reading it all."""
+        return self._objects.open_verified(id_)
+
     def read_object(self, id_: ObjectId, limit: int) -> bytes:
         """The content of an object, its digest checked. Raises ``LimitsExceeded`` beyond ``limit`` bytes."""
         return self._objects.read(id_, limit)
