@@ -46,6 +46,8 @@ class Operation(StrEnum):
     DEPLOY = "deploy"
     #: Removal of what nothing needs; ``discard`` are deployments of which something was left.
     COLLECT = "collect"
+    #: A repository of old is brought to the present form.
+    UPGRADE = "upgrade"
 
 
 @dataclass(frozen=True, slots=True)
