@@ -77,6 +77,7 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     session.reporter.at("collect.tagged")
     if plan.roots.doubts:
         return _kept(plan, plan.roots.doubts) | made
+    adopt(session.paths, repository, state)
     marked = _mark(repository, plan, session.reporter)
     if marked.damage:
         return _kept(plan, [each.text for each in marked.damage]) | made
@@ -124,13 +125,11 @@ def dry_run(
 
 
 def _settled(session: Session, state: HostState) -> HostState:
-    """The host after what was interrupted is finished, and old deployments are adopted; in doubt as it is."""
+    """The host after what was interrupted is finished; in doubt as it is."""
     if find_roots(session.paths, session.repository, state).doubts:
         return state
     if journal.read(session.paths.transaction) is not None:
         recover.recover(session, state)
-        state = session.state()
-    if adopt(session.paths, session.repository, state):
         state = session.state()
     finish_interrupted(session.repository, session.reporter)
     return state

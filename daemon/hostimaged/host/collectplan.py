@@ -15,7 +15,7 @@ from hostimaged.errors import HostimageError, InvalidReference
 from hostimaged.host.cleanup import DeadArtifact, dead_artifacts
 from hostimaged.host.collectroots import Roots, counted_entries, find_roots
 from hostimaged.host.entries import NOTHING
-from hostimaged.host.tags import BOOTC_TAG, IMAGES, MadeTags, bootc_tag, image_ref, stream_ref
+from hostimaged.host.tags import BOOTC_TAG, IMAGES, MadeTags, bootc_tag, guest_tag, image_ref, stream_ref
 from hostimaged.ids import DeploymentId
 from hostimaged.oci import pulls
 from hostimaged.oci.images import PULL_TAG, manifest_stream, tags
@@ -105,7 +105,7 @@ def make_plan(
     manifests = {root.manifest for root in roots.roots if root.manifest is not None}
     plan = Plan(
         roots,
-        tuple(sorted(digest for digest in manifests if known.get(bootc_tag(digest)) != digest)),
+        tuple(sorted(digest for digest in manifests if not _is_tagged(known, digest, guest=roots.guest))),
         tuple(sorted(id_ for id_ in missing_refs if id_.value not in refs)),
     )
     if roots.doubts:
@@ -120,6 +120,11 @@ def make_plan(
         refs=tuple(_own_refs(refs - {id_.value for id_ in missing_refs})),
         artifacts=tuple(dead_artifacts(state, staying)),
     )
+
+
+def _is_tagged(known: dict[str, ManifestDigest], digest: ManifestDigest, *, guest: bool) -> bool:
+    names = [bootc_tag(digest), *([guest_tag(digest)] if guest else [])]
+    return all(known.get(name) == digest for name in names)
 
 
 def _without(roots: Roots, id_: DeploymentId) -> Roots:

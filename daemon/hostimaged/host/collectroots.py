@@ -20,9 +20,8 @@ from hostimaged.host.imginfo import read_imginfo
 from hostimaged.host.model import ProblemId
 from hostimaged.host.origin import read_origin
 from hostimaged.host.statedirs import deploy_directory, state_directory
-from hostimaged.host.tags import GUEST_TAG, PIN_TAG
+from hostimaged.host.tags import GUEST_TAG, PIN_TAG, is_guest
 from hostimaged.oci.images import manifest_stream, tags
-from hostimaged.system import mounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +62,8 @@ class Roots:
 
     ``doubts``: why nothing may be removed, for people; empty if all is clear. ``orphan_entries`` have an
     entry and no state directory; ``orphan_states`` the other way round; ``orphan_marker``: the marker names
-    one without entry. ``staged_left``: there is a staged set that nothing will activate.
+    one without entry. ``staged_left``: there is a staged set that nothing will activate. ``guest``: the
+    repository is that of another host.
     """
 
     roots: tuple[Root, ...]
@@ -72,6 +72,7 @@ class Roots:
     orphan_states: tuple[DeploymentId, ...] = ()
     orphan_marker: bool = False
     staged_left: bool = False
+    guest: bool = False
 
     @property
     def ids(self) -> frozenset[DeploymentId]:
@@ -100,6 +101,7 @@ class _Search:
         self._images = ImageSource(repository)
         self._doubts: list[str] = []
         self._reasons: dict[DeploymentId, list[str]] = {}
+        self._guest = False
 
     def run(self) -> Roots:
         state = self._state
@@ -121,6 +123,7 @@ class _Search:
             orphan_states,
             orphan_marker=marked is not None and marked not in entries,
             staged_left=state.marker is None and state.sets.staged is not None,
+            guest=self._guest,
         )
 
     # --- doubts --------------------------------------------------------------------------------------------
@@ -148,11 +151,12 @@ class _Search:
 
     def _sharing(self) -> Iterator[str]:
         try:
-            if mounts.is_elsewhere(self._paths.physical_root, self._paths.repository.name):
+            self._guest = is_guest(self._paths)
+            if self._guest:
                 yield f"the repository at {self._paths.repository} has its place elsewhere: others may use it"
             guest = next((name for name in tags(self._repository) if name.startswith(GUEST_TAG)), None)
-        except (HostimageError, OSError) as error:
-            yield f"it is not known who uses the repository: {error}"
+        except HostimageError as error:
+            yield error.message
             return
         if guest is not None:
             yield f"another host keeps its deployments in this repository: it made the tag {guest}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from hostimaged.errors import from_os_error
 from hostimaged.oci import images
+from hostimaged.system import mounts
 from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
@@ -51,6 +52,20 @@ def pin_tag(digest: ManifestDigest) -> str:
     return f"{PIN_TAG}{digest}"
 
 
+def guest_tag(digest: ManifestDigest) -> str:
+    """The tag of a deployment in the repository of another host."""
+    return f"{GUEST_TAG}{digest}"
+
+
+def is_guest(paths: HostPaths) -> bool:
+    """Whether the repository has its place elsewhere, as another host's has. Raises ``StorageError``."""
+    path = paths.repository
+    try:
+        return mounts.is_elsewhere(path.parent, path.name)
+    except OSError as error:
+        raise from_os_error(error, f"it is not known whose repository {path} is") from error
+
+
 def stream_ref(tag: str) -> str:
     """The reference of a tag among those of streams."""
     return f"{images.TAGS}/{images.encode_tag(tag)}"
@@ -64,8 +79,11 @@ def image_ref(id_: DeploymentId) -> str:
 def tag_deployment(paths: HostPaths, repository: Repository, digest: ManifestDigest) -> bool:
     """Keep the manifest of a deployment by its tag; says whether there was none.
 
-    Raises as ``images.tag`` does, and what writing raises. The tag is not synced.
+    In a repository that has its place elsewhere it gets one more, which tells the host there of this one.
+    Raises as ``images.tag`` does, and what writing raises. The tags are not synced.
     """
+    if is_guest(paths):
+        images.tag(repository, guest_tag(digest), digest)
     name = bootc_tag(digest)
     if not images.tag(repository, name, digest):
         return False
