@@ -46,10 +46,8 @@ FIRST = f"{ROOT_PATH}/deployments/_{'1' * 32}"
 SECOND = f"{ROOT_PATH}/deployments/_{'2' * 32}"
 #: What nothing is done for yet: whoever may ask for it is told so.
 UNBUILT = {
-    "CollectGarbage",
     "VerifyRepository",
     "Repair",
-    "Explain",
     "SetUnified",
     "SetUpdatePolicy",
 }
