@@ -16,7 +16,7 @@ from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, variants
 from hostimage_testing.collecting import DAY, age, objects
 from hostimage_testing.hostimagectl import run
 from hostimage_testing.hosts import KINDS, RecordedHost
-from hostimage_testing.lives import installed, upgraded
+from hostimage_testing.lives import installed, staged, upgraded
 from hostimage_testing.os_images import Recipe
 
 pytestmark = pytest.mark.interop
@@ -236,3 +236,24 @@ async def test_the_client_tells_it_to_people(host: RecordedHost, served: Daemon,
     kept = await run(bus, "gc")
     assert kept.code == 0
     assert kept.out.startswith("nothing is deleted, as it is in doubt what is needed:\n  ")
+
+
+@pytest.mark.parametrize("left", ["by bootc", "an old repository"])
+async def test_what_others_left_is_settled_at_start_and_then_collected(
+    host: RecordedHost, served: Daemon, client: Client, left: str
+) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    if left == "by bootc":
+        host.marker.unlink()
+    else:
+        (host.repository / "meta.json").unlink()
+    await served.start()
+    await client.until(
+        lambda: [s for s in client.named("JobRemoved") if s.body[2:4] == ["recover", "done"]] != []
+    )
+    assert host.entries_staged.exists() is (left != "by bootc")
+    assert host.state(life.staged).exists() is (left != "by bootc")
+    assert (host.repository / "meta.json").exists()
+    assert (await by_itself(client))["result"] in ("collected", "nothing")
+    assert host.reboot() == life.booted.id
