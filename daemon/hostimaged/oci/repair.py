@@ -249,6 +249,8 @@ class ImageRepairer:
         actual = ManifestDigest.of_hash(hashlib.sha256(raw).hexdigest())
         if actual != digest:
             raise PreconditionFailed(f"the source has another image by now, with the manifest {actual}")
+        # If that is all that was missing of its stream, what this refers to is known again.
+        self._repository.store_object(raw)
         return raw
 
     def _config(self, manifest: Manifest, source: ImageSource | None, outcome: ImageRepair) -> bytes:
@@ -259,6 +261,7 @@ class ImageRepairer:
             raise _SourceNeeded(f"configuration {digest} is damaged")
         raw = source.config(manifest.config)
         outcome.size += len(raw)
+        self._repository.store_object(raw)
         return raw
 
     def _layers(self, plans: Sequence[LayerPlan]) -> tuple[dict[DiffId, ObjectId], list[LayerPlan]]:
