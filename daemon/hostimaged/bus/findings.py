@@ -48,12 +48,13 @@ class ImageRow(Hyphened):
 
 
 class RepositoryRow(Hyphened):
-    """The repository; ``used`` is in bytes."""
+    """The repository; ``used`` and ``reclaimable``, None where a scan did not look, are in bytes."""
 
     algorithm: _Text
     formats: list[_Text]
     secure: bool
     used: _Size
+    reclaimable: _Size | None = None
 
 
 class Problem(Hyphened):

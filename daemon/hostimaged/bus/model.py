@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hostimaged.bus.deployments import DeploymentObjects
-    from hostimaged.bus.findings import ImageRow
+    from hostimaged.bus.findings import Findings, ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
@@ -130,7 +130,7 @@ class Model:
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
-            "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
+            "RepositorySize": _sizes(findings),
         }
 
     def answer(self) -> Encoded:
@@ -161,6 +161,12 @@ class Model:
 
     def _problems(self) -> list[Problem]:
         return [*self._own_problems, *self._status.findings.problems]
+
+
+def _sizes(findings: Findings) -> list[int]:
+    """Bytes that are used, and that could be reclaimed; 0 where unknown."""
+    row = findings.repository
+    return [0, 0] if row is None else [row.used, row.reclaimable or 0]
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import ROOT_PATH, JobState, job_path
 from hostimage_dbus.server import ObjectServer
@@ -14,7 +14,7 @@ from hostimaged.bus.callers import Callers
 from hostimaged.bus.deployments import DeploymentObjects
 from hostimaged.bus.diffs import DiffCache
 from hostimaged.bus.gate import Gate
-from hostimaged.bus.guarded import GuardedMethods
+from hostimaged.bus.guarded import GuardedMethods, rules_of
 from hostimaged.bus.jobs import LINGER, JobObjects
 from hostimaged.bus.logcontrol import LogControl
 from hostimaged.bus.manager import Manager
@@ -25,9 +25,9 @@ from hostimaged.errors import HostimageError
 from hostimaged.jobs.conditions import CONDITIONS, Watch
 from hostimaged.jobs.history import JobRecord
 from hostimaged.jobs.inhibitors import Inhibitors
-from hostimaged.jobs.job import Initiator
+from hostimaged.jobs.job import Initiator, Terms
 from hostimaged.jobs.logind import Logind
-from hostimaged.jobs.operations import Recover
+from hostimaged.jobs.operations import Collect, Recover
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
 from hostimaged.log import get_logger
@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from hostimaged.jobs.operations import Operation
     from hostimaged.system.notify import Notifier
     from hostimaged.system.paths import HostPaths
+
+#: What came of jobs after which garbage is collected: what was staged before, deleted or interrupted is gone.
+_GARBAGE: Final = ("staged", "unstaged", "deleted", "recovered")
+_OWN: Final = Initiator(os.geteuid(), "hostimaged")
 
 _logger = get_logger("hostimaged.bus")
 
@@ -140,10 +144,20 @@ class Service:
 
     async def _recover(self) -> None:
         """Have what was interrupted finished or taken back, before anybody else starts a job."""
-        if await asyncio.to_thread(os.path.exists, self._paths.transaction):
+        if await asyncio.to_thread(_is_interrupted, self._paths):
             operation = Recover(lock_timeout=self._model.settings.lock_timeout)
             with suppress(HostimageError):
-                await self._queue.submit(operation, Initiator(os.geteuid(), "hostimaged"))
+                await self._queue.submit(operation, _OWN)
+        if await asyncio.to_thread(os.path.exists, self._paths.collection_due):
+            await self._collect()
+
+    async def _collect(self) -> None:
+        """Have garbage collected when nobody wants anything else; neither network nor battery matter."""
+        settings = self._model.settings
+        operation = Collect(lock_timeout=settings.lock_timeout, **rules_of(settings))
+        terms = Terms(background=True, allow_metered=True, allow_on_battery=True)
+        with suppress(HostimageError):
+            await self._queue.submit(operation, _OWN, terms)
 
     async def stop(self) -> None:
         """Cancel all jobs, and wait until their ends are announced."""
@@ -214,6 +228,20 @@ class Service:
             self._notifier.status("idle")
         if job.terms.reboot and job.state is JobState.DONE and self._model.reboot_required:
             self._tasks.create_task(self._logind.reboot())
+        elif _leaves_garbage(job):
+            self._tasks.create_task(self._collect())
+
+
+def _is_interrupted(paths: HostPaths) -> bool:
+    """Whether there is something to recover: an operation, or the upgrade of a repository of old."""
+    # What a repository is made of is known to workers alone: to import it would delay every start.
+    old = (paths.repository / "objects").exists() and not (paths.repository / "meta.json").exists()
+    return old or paths.transaction.exists()
+
+
+def _leaves_garbage(job: Job) -> bool:
+    """Whether a deployment may have gone with the job, so that what it needed is garbage now."""
+    return job.state is JobState.DONE and job.result.get("result") in _GARBAGE
 
 
 def translate(error: Exception) -> BusError | None:

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 #: Members, and what is missing.
 MEMBERS: Final[Mapping[Member, str]] = {
-    Member.COLLECT_GARBAGE: "garbage collection",
     Member.VERIFY_REPOSITORY: "verification of the repository",
     Member.REPAIR: "repair of the repository",
-    Member.EXPLAIN: "garbage collection",
     Member.SET_UNIFIED: "unified storage",
     Member.SET_UPDATE_POLICY: "automatic updates",
 }

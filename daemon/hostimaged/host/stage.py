@@ -29,7 +29,7 @@ from hostimaged.host.origin import Origin
 from hostimaged.host.prefix import migrate
 from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
-from hostimaged.host.tags import bootc_tag
+from hostimaged.host.tags import tag_deployment
 from hostimaged.oci import images
 from hostimaged.oci.times import microseconds
 from hostimaged.progress import Phase
@@ -107,7 +107,7 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     image = images.open_image(session.repository, request.manifest_digest)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     session.reporter.at("stage.image")
-    images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
+    tag_deployment(session.paths, session.repository, request.manifest_digest)
     session.repository.sync()
     session.reporter.at("stage.tagged")
     return _Stage(session, request, image, boot, settle(session)).run()

@@ -17,16 +17,23 @@ from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
+def scan(
+    paths: HostPaths,
+    *,
+    esp: Path | None = None,
+    reclaimable: Callable[[Repository, HostState], int | None] | None = None,
+) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
     The repository is opened once. ``esp``: where the caller has mounted the ESP, if it is not mounted.
+    ``reclaimable`` finds out how many bytes a collection of garbage would free, which takes long.
     """
     problems: list[Problem] = []
     try:
@@ -39,6 +46,8 @@ def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
     try:
         found = scan_repository(paths, repository)
         state = read_host(paths, repository, esp=esp, soft_reboots=True)
+        if reclaimable is not None and repository is not None and found["repository"] is not None:
+            found["repository"]["reclaimable"] = reclaimable(repository, state)
     finally:
         if repository is not None:
             repository.close()

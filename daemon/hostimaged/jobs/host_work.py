@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from hostimaged.progress import Silent
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.host.collectplan import Rules
+    from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.jobs import operations
     from hostimaged.jobs.channel import Channel
@@ -127,6 +131,65 @@ def kernel_arguments(
         return reorder.set_kernel_arguments(session, operation.add, operation.remove)
 
 
+def collect(paths: HostPaths, operation: operations.Collect, channel: Channel) -> dict[str, Any]:
+    """Collect garbage, or tell what that would remove; before the first pull there is none."""
+    from hostimaged.composefs.repository import RepositoryMissing
+    from hostimaged.host import collect as collection
+
+    rules = _rules(operation)
+    try:
+        if not operation.dry_run:
+            with _session(paths, channel, operation.lock_timeout) as session:
+                return collection.collect(session, rules)
+        with _reading(paths, channel, operation.lock_timeout) as repository:
+            return collection.dry_run(
+                paths, repository, _state(paths, repository), rules, now=int(time.time()), reporter=channel
+            )
+    except RepositoryMissing:
+        return {"result": "nothing"}
+
+
+def explain(paths: HostPaths, operation: operations.Explain, channel: Channel) -> dict[str, Any]:
+    """Tell why something is kept."""
+    from hostimaged.composefs.repository import RepositoryMissing
+    from hostimaged.errors import ImageNotFound
+    from hostimaged.host.explain import Question
+    from hostimaged.host.explain import explain as answer
+
+    try:
+        with _reading(paths, channel, operation.lock_timeout) as repository:
+            state = _state(paths, repository)
+            question = Question(paths, repository, state, _rules(operation), operation.what, int(time.time()))
+            return answer(question, channel)
+    except RepositoryMissing:
+        raise ImageNotFound("there is no repository yet") from None
+
+
+def _rules(operation: operations.Collect | operations.Explain) -> Rules:
+    from hostimaged.host.collectplan import Rules
+
+    return Rules(operation.tracked, operation.keep_pulled, operation.minimum_free)
+
+
+def _state(paths: HostPaths, repository: Repository) -> HostState:
+    from hostimaged.host.read import read_host
+
+    return read_host(paths, repository)
+
+
+@contextmanager
+def _reading(paths: HostPaths, channel: Channel, lock_timeout: float) -> Iterator[Repository]:
+    """The repository with its shared lock, held to the end: what is counted must not change meanwhile."""
+    from hostimaged.host.session import optional_verity
+    from hostimaged.jobs.slices import reading
+
+    with reading(paths.repository, channel, lock_timeout=lock_timeout, insecure=optional_verity(paths)) as (
+        repository,
+        _,
+    ):
+        yield repository
+
+
 def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict[str, Any]:
     """Tell what is different between two deployments; the lock is held in slices.
 
@@ -158,12 +221,22 @@ def diff(paths: HostPaths, operation: operations.Diff, channel: Channel) -> dict
 
 def recover(paths: HostPaths, operation: operations.Recover, channel: Channel) -> dict[str, Any]:
     """Finish or take back what was interrupted; before the first pull there is nothing."""
-    from hostimaged.composefs.repository import RepositoryMissing
-    from hostimaged.host.recover import settle
+    from hostimaged.composefs.repository import OldRepository, RepositoryMissing
+    from hostimaged.host.upgrade import upgrade
 
+    upgraded: dict[str, Any] = {}
     try:
-        with _session(paths, channel, operation.lock_timeout) as session:
-            settle(session)
+        _settle(paths, operation, channel)
     except RepositoryMissing:
         pass
-    return {"result": "recovered"}
+    except OldRepository:
+        upgraded = upgrade(paths, channel, lock_timeout=operation.lock_timeout)
+        _settle(paths, operation, channel)
+    return {"result": "recovered", **upgraded}
+
+
+def _settle(paths: HostPaths, operation: operations.Recover, channel: Channel) -> None:
+    from hostimaged.host.recover import settle
+
+    with _session(paths, channel, operation.lock_timeout) as session:
+        settle(session)

@@ -174,7 +174,7 @@ class Worker:
 
     def _writable(self, operation: Operation) -> tuple[str, ...]:
         """On a running host the physical root is a read-only mount; so may be where it boots from."""
-        if self._settings.root is not None or not operation.mutating:
+        if self._settings.root is not None or not operation.changes:
             return ()
         paths = HostPaths.live()
         places = [paths.physical_root]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.errors import HostimageError
 
 if TYPE_CHECKING:
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.host.model import HostState
     from hostimaged.jobs import operations
     from hostimaged.jobs.channel import Channel
     from hostimaged.system.paths import HostPaths
@@ -45,8 +49,24 @@ def check(paths: HostPaths, operation: operations.Check, channel: Channel) -> di
     return check_image(paths, ImageReference.parse(operation.reference), channel).as_dict()
 
 
-def scan(paths: HostPaths, _operation: operations.Scan | None, channel: Channel) -> None:
-    """Read the state of the host."""
+def scan(paths: HostPaths, operation: operations.Scan | None, channel: Channel) -> None:
+    """Read the state of the host; at the end of a job, which has no ``operation`` for it, sizes as well."""
     from hostimaged.host.status import scan as scan_host
 
-    channel.status(scan_host(paths))
+    reclaimable = None if operation is not None else partial(_reclaimable, paths, channel)
+    channel.status(scan_host(paths, reclaimable=reclaimable))
+
+
+def _reclaimable(paths: HostPaths, channel: Channel, repository: Repository, state: HostState) -> int | None:
+    """Bytes that a collection of garbage would free; None if that cannot be told, or the job is to stop."""
+    from hostimaged import config
+    from hostimaged.host.collect import dry_run
+    from hostimaged.host.collectplan import Rules
+
+    settings, _ = config.load(paths.settings)
+    rules = Rules(settings.tracked_image, settings.keep_pulled, settings.minimum_free)
+    try:
+        found = dry_run(paths, repository, state, rules, now=int(time.time()), reporter=channel)
+    except HostimageError:
+        return None
+    return int(found["objects-bytes"])

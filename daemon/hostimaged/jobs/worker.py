@@ -33,8 +33,10 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
     "check": "hostimaged.jobs.work:check",
+    "collect": "hostimaged.jobs.host_work:collect",
     "delete": "hostimaged.jobs.host_work:delete",
     "diff": "hostimaged.jobs.host_work:diff",
+    "explain": "hostimaged.jobs.host_work:explain",
     "kargs": "hostimaged.jobs.host_work:kernel_arguments",
     "pin": "hostimaged.jobs.host_work:pin",
     "pull": "hostimaged.jobs.work:pull",
@@ -106,7 +108,7 @@ def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, A
             what=str(paths.job_lock),
             check=channel.check,
         )
-        if operation.mutating
+        if operation.changes
         else nullcontext()
     )
     with lock:

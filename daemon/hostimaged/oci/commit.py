@@ -235,11 +235,12 @@ def mend(repository: Repository, digest: ManifestDigest, reporter: Reporter) -> 
     return True
 
 
-def finish_rewrites(repository: Repository, own: ConfigDigest, reporter: Reporter) -> bool:
+def finish_rewrites(repository: Repository, own: ConfigDigest | None, reporter: Reporter) -> bool:
     """Mend every tagged manifest, and end what keeps configurations meanwhile; says if anything was mended.
 
     Manifests that share a configuration share its stream. All tags are looked at, not only those of the
-    caller's ``own``: so this also finishes what another left that was killed between its two streams.
+    caller's ``own``, if it has one: so this also finishes what another left that was killed between its two
+    streams.
     """
     kept = _rewritten(repository)
     mended, whole = False, True
@@ -255,6 +256,14 @@ def finish_rewrites(repository: Repository, own: ConfigDigest, reporter: Reporte
     for config in settled:
         repository.remove_stream_ref(_kept_ref(config))
     return mended
+
+
+def finish_interrupted(repository: Repository, reporter: Reporter) -> bool:
+    """As ``finish_rewrites``, if any rewriting was interrupted; says whether one was."""
+    if not _rewritten(repository):
+        return False
+    finish_rewrites(repository, None, reporter)
+    return True
 
 
 def is_rewritten(repository: Repository, digest: ConfigDigest) -> bool:

@@ -141,6 +141,16 @@ class HostPaths:
         return self.state / "transaction.json"
 
     @property
+    def made_tags(self) -> Path:
+        """Which tags of deployments were made here, not by bootc."""
+        return self.state / "tags.json"
+
+    @property
+    def collection_due(self) -> Path:
+        """Is there from the moment a deployment went that left garbage until that is collected."""
+        return self.state / "collection-due"
+
+    @property
     def temporary(self) -> Path:
         """Private directories of running jobs; emptied by recovery."""
         return self.state / "tmp"

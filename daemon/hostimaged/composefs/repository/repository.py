@@ -525,6 +525,23 @@ class Repository:
             raise
         return fd
 
+    def name_image(self, name: str, ref: str) -> None:
+        """Let the reference ``ref`` lead to the image ``name``, an id in hex; as ``name_stream``.
+
+        Raises ``ImageNotFound``.
+        """
+        check_reference(ref)
+        self.check_writable()
+        if not self._names.leads_somewhere(f"{_IMAGES}/{check_name(name)}"):
+            raise ImageNotFound(f"image {printable(name)} is not in the repository")
+        self._names.set(f"{_IMAGE_REFS}/{ref}", f"{_IMAGES}/{name}")
+
+    def remove_image_ref(self, ref: str) -> bool:
+        """Remove a reference; says whether it was there."""
+        check_reference(ref)
+        self.check_writable()
+        return self._names.remove(f"{_IMAGE_REFS}/{ref}")
+
     def images(self) -> list[str]:
         """The ids, in hex, of all images, sorted."""
         return self._names.entries(_IMAGES)
