@@ -47,8 +47,6 @@ SECOND = f"{ROOT_PATH}/deployments/_{'2' * 32}"
 #: What nothing is done for yet: whoever may ask for it is told so.
 UNBUILT = {
     "CollectGarbage",
-    "VerifyRepository",
-    "Repair",
     "Explain",
     "SetUnified",
     "SetUpdatePolicy",

@@ -91,6 +91,9 @@ class Repair:
             "dry-run": self.dry_run,
             "damaged": len(self.found.objects) + len(self.found.others),
             "repaired": self.restored,
+            "damaged-still": sum(not left.breaks.nothing for left in self.left),
+            "broken-deployments": sorted({id_ for left in self.left for id_ in left.breaks.deployments}),
+            "broken-images": sorted({tag for left in self.left for tag in left.breaks.images}),
             "bytes-fetched": 0 if self.dry_run else self.size,
             "bytes-to-fetch": self.size if self.dry_run else 0,
             "images": json.dumps(
