@@ -108,7 +108,7 @@ async def test_a_problem_outlives_the_daemon(host: Daemon, client: Client, layou
     known = await problems(client)
     assert len(known) == 1
     # It is written while the end is announced.
-    while not (host.root / "run/hostimaged/verified.json").exists():  # noqa: ASYNC110, ASYNC240
+    while not (host.root / "run/hostimaged/verified.json").exists():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await host.end()
     await host.start()
