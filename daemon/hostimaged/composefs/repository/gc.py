@@ -22,7 +22,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.composefs.erofs import Image
+from hostimaged.composefs.erofs import possible_objects
 from hostimaged.composefs.erofs.format import MAX_IMAGE
 from hostimaged.composefs.repository.links import IMAGES, STREAMS, Links, leads_somewhere, read_links
 from hostimaged.composefs.repository.live import ObjectSet
@@ -166,10 +166,11 @@ class _Marking:
 
     def _mark_image(self, name: str, id_: ObjectId) -> None:
         self._objects.add(id_)
+        # The content is what its name says, so its structure is what some writer made it: not looked at.
         path = f"{IMAGES}/{name}"
         try:
             data = self._repository.read_object(id_, MAX_IMAGE)
-            needed = Image(data, self._repository.algorithm, name=path).objects()
+            needed = possible_objects(data, self._repository.algorithm, name=path)
         except HostimageError as error:
             self._note("image", path, error)
         else:
