@@ -46,8 +46,6 @@ FIRST = f"{ROOT_PATH}/deployments/_{'1' * 32}"
 SECOND = f"{ROOT_PATH}/deployments/_{'2' * 32}"
 #: What nothing is done for yet: whoever may ask for it is told so.
 UNBUILT = {
-    "CollectGarbage",
-    "Explain",
     "SetUnified",
     "SetUpdatePolicy",
 }

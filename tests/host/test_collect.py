@@ -613,3 +613,17 @@ def test_r30_all_is_read_before_the_first_tag_goes(recorded: Recorded) -> None:
         done = collect(opened)
     assert done["objects-removed"] == expected["objects-removed"]
     assert not present(host, image)
+
+
+def test_of_two_manifests_that_say_the_same_the_tagged_one_is_the_deployments(recorded: Recorded) -> None:
+    """They have one configuration; without an origin either could be meant."""
+    life = recorded(installed)
+    host = life.host
+    twin = host.image(Recipe(version="1", annotated=False))
+    assert twin.config_digest == life.booted.image.config_digest
+    host.write_tag(twin, "localhost/app-")
+    age(host.tag(life.booted.image), 9 * DAY)
+    host.origin(life.booted).unlink()
+    done = collected(host)
+    assert "tags" not in done
+    assert "tags-made" not in done

@@ -113,6 +113,7 @@ class Findings(Hyphened):
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
     rollback_queued: bool = False
+    unsettled: bool = False
     host: HostRow | None = None
     bootc: dict[str, Any] = Field(default_factory=dict)
     unified: bool = False

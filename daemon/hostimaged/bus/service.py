@@ -148,9 +148,16 @@ class Service:
         self._recovery = self._tasks.create_task(self._recover())
 
     async def _recover(self) -> None:
-        """Have what was interrupted finished or taken back, before anybody else starts a job."""
-        if await asyncio.to_thread(_is_interrupted, self._paths):
-            operation = Recover(lock_timeout=self._model.settings.lock_timeout)
+        """Have what was interrupted finished or taken back, before anybody else starts a job.
+
+        What another program left is known from the first scan.
+        """
+        operation = Recover(lock_timeout=self._model.settings.lock_timeout)
+        interrupted = await asyncio.to_thread(_is_interrupted, self._paths)
+        if not interrupted:
+            await self._status.known()
+            interrupted = self._status.findings.unsettled
+        if interrupted:
             with suppress(HostimageError):
                 await self._queue.submit(operation, _OWN)
         if await asyncio.to_thread(os.path.exists, self._paths.collection_due):

@@ -48,6 +48,7 @@ def discard(session: Session, ids: Iterable[DeploymentId]) -> list[DeploymentId]
     for id_ in dict.fromkeys(ids):
         if not is_referenced(state, id_) and statedirs.remove(session.paths, session.work, id_):
             discarded.append(id_)
+            session.expect_garbage()
         session.reporter.at("discard.state")
     sweep_artifacts(session, state)
     return discarded

@@ -13,9 +13,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.composefs.repository import gc
+from hostimaged.composefs.repository.leftovers import remove_leftovers
 from hostimaged.errors import BootLoaderError, HostimageError
 from hostimaged.host import journal, recover, statedirs
 from hostimaged.host.adopt import adopt
+from hostimaged.host.bootfs import told
 from hostimaged.host.collectplan import Plan, Rules, make_plan
 from hostimaged.host.collectroots import find_roots
 from hostimaged.host.journal import MAX_DISCARDED, Operation, Transaction
@@ -94,10 +96,12 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     # What was left out when it was marked is gone now, and the lock was never given up.
     marked = replace(marked, without_refs=frozenset())
     swept = gc.sweep(repository, marked, dry_run=False, reporter=session.reporter)
+    remove_leftovers(repository)
     repository.sync()
     session.reporter.at("collect.swept")
     journal.remove(path)
-    session.paths.collection_due.unlink(missing_ok=True)
+    with told(f"cannot remove {session.paths.collection_due}"):
+        session.paths.collection_due.unlink(missing_ok=True)
     session.steady().reporter.at("collect.done")
     return _result(plan, marked, swept) | made
 

@@ -141,7 +141,5 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.reporter.at("finalize.marker")
     store.remove_staged()
     session.reporter.at("finalize.entries")
-    with told(f"cannot write {session.paths.collection_due}"):
-        # For the daemon, after the next boot. Not synced: it is not worth the time of a shutdown.
-        session.paths.collection_due.touch()
+    session.expect_garbage()
     # What the merge of /etc left is removed after the next boot (recover): a shutdown has no time for it.

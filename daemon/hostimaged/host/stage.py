@@ -209,6 +209,7 @@ class _Stage:
         self._at("stage.entries")
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
         session.steady().reporter.at("stage.marker")
+        session.expect_garbage()
 
     def _known(self) -> dict[str, Any] | None:
         """The result if this deployment is there already."""

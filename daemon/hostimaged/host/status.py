@@ -59,8 +59,12 @@ def scan(
 
 
 def deployments(state: HostState) -> dict[str, Any]:
-    """``deployments``, ``rollback-queued`` and ``host`` of the findings."""
+    """``deployments``, ``rollback-queued``, ``unsettled`` and ``host`` of the findings.
+
+    ``unsettled``: there is a staged set that nothing will activate, as after a power cut.
+    """
     return {
+        "unsettled": state.marker is None and state.sets.staged is not None,
         "deployments": [_row(row, place) for place, row in enumerate(state.visible)],
         "rollback-queued": state.rollback_queued,
         "host": None if not state.visible else _host(state),

@@ -142,9 +142,10 @@ def collect(paths: HostPaths, operation: operations.Collect, channel: Channel) -
             with _session(paths, channel, operation.lock_timeout) as session:
                 return collection.collect(session, rules)
         with _reading(paths, channel, operation.lock_timeout) as repository:
-            return collection.dry_run(
+            found = collection.dry_run(
                 paths, repository, _state(paths, repository), rules, now=int(time.time()), reporter=channel
             )
+            return found | {"dry-run": True}
     except RepositoryMissing:
         return {"result": "nothing"}
 
