@@ -128,24 +128,39 @@ def _image_line(image: ImageRepair, *, dry_run: bool) -> str:
     return f"  image {name}: {what}{'to be fetched' if dry_run else 'fetched'} from {image.source}"
 
 
-def repair(paths: HostPaths, repository: Repository, reporter: Reporter, *, dry_run: bool = False) -> Repair:
+def repair(
+    paths: HostPaths,
+    repository: Repository,
+    reporter: Reporter,
+    *,
+    dry_run: bool = False,
+    breaks: fsck.Breaks | None = None,
+) -> Repair:
     """Check everything, get again what is damaged or missing, and say what is left.
 
-    The caller holds the job lock, and the shared lock of ``repository``. What can be had is on the device
-    when this returns; stopped anywhere, nothing is worse than before, and repairing again goes on. Never
-    raises for what cannot be repaired. Raises ``Cancelled``, ``NoSpace`` and ``ReadOnly``.
+    The caller holds the job lock, and the shared lock of ``repository``; in a dry run ``breaks`` may give
+    that up now and then, and ``reporter`` at its points. What can be had is on the device when this returns;
+    stopped anywhere, nothing is worse than before, and repairing again goes on. Never raises for what cannot
+    be repaired. Raises ``Cancelled``, ``NoSpace`` and ``ReadOnly``.
     """
     if not dry_run:
         repository.check_writable()
-    return _Repairing(paths, repository, reporter, dry_run=dry_run).run()
+    return _Repairing(paths, repository, reporter, breaks, dry_run=dry_run).run()
 
 
 class _Repairing:
     """A repair under way."""
 
     def __init__(
-        self, paths: HostPaths, repository: Repository, reporter: Reporter, *, dry_run: bool
+        self,
+        paths: HostPaths,
+        repository: Repository,
+        reporter: Reporter,
+        breaks: fsck.Breaks | None,
+        *,
+        dry_run: bool,
     ) -> None:
+        self._breaks = breaks
         self._paths = paths
         self._repository = repository
         self._reporter = reporter
@@ -188,7 +203,8 @@ class _Repairing:
         report = fsck.check(
             self._repository,
             metadata_only=metadata_only,
-            give_up=lambda: self._reporter.at("repair.check"),
+            give_up=None if self._breaks is not None else lambda: self._reporter.at("repair.check"),
+            breaks=self._breaks,
         )
         return harm_of(self._repository, report)
 

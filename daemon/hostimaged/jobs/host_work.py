@@ -183,27 +183,34 @@ def verify(paths: HostPaths, operation: operations.Verify, channel: Channel) -> 
 def repair(paths: HostPaths, operation: operations.Repair, channel: Channel) -> dict[str, Any]:
     """Get again what is damaged, or tell what that would be; before the first pull there is nothing.
 
-    The shared lock is held throughout: what is got again need not be referred to yet.
+    The shared lock is held throughout, as what is got again need not be referred to yet; in slices in a dry
+    run.
     """
     from hostimaged.composefs.repository import Repository, RepositoryMissing
     from hostimaged.host.repair import repair as repair_repository
     from hostimaged.host.session import optional_verity
+    from hostimaged.jobs.slices import reading
 
+    insecure = optional_verity(paths)
+    timeout = operation.lock_timeout
     try:
+        if operation.dry_run:
+            with reading(paths.repository, channel, lock_timeout=timeout, insecure=insecure) as (
+                repository,
+                slices,
+            ):
+                told = _InSlices(slices)
+                return repair_repository(paths, repository, told, dry_run=True, breaks=slices).as_dict()
         with Repository.open(
-            paths.repository,
-            lock_timeout=operation.lock_timeout,
-            insecure=optional_verity(paths),
-            check=channel.check,
+            paths.repository, lock_timeout=timeout, insecure=insecure, check=channel.check
         ) as repository:
-            done = repair_repository(paths, repository, channel, dry_run=operation.dry_run)
+            return repair_repository(paths, repository, channel).as_dict()
     except RepositoryMissing:
         return {"ok": True, "text": "there is no repository yet"}
     finally:
         if operation.changes:
             with suppress(HostimageError):
                 work.scan(paths, None, channel)
-    return done.as_dict()
 
 
 def explain(paths: HostPaths, operation: operations.Explain, channel: Channel) -> dict[str, Any]:

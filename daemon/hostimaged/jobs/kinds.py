@@ -48,7 +48,7 @@ KINDS: Final = {
     "unstage": Kind(Access.ALONE, "staging"),
     "delete": Kind(Access.ALONE, "collecting"),
     "collect": Kind(Access.ALONE, "collecting"),
-    "repair": Kind(Access.SHARED, "verifying"),
+    "repair": Kind(Access.ALONE, "verifying"),
     "pin": Kind(Access.ALONE, "staging"),
     "kargs": Kind(Access.ALONE, "staging"),
     "unify": Kind(Access.ALONE, "pulling"),
