@@ -28,7 +28,8 @@ from hostimage_testing.host import ACCEPT_ANYTHING
 from hostimage_testing.polkit_double import Answer, PolkitDouble
 from hostimage_testing.users import NEEDS_ROOT, user
 
-pytestmark = NEEDS_ROOT
+# Each call that is let through starts a job, and there are hundreds.
+pytestmark = [NEEDS_ROOT, pytest.mark.timeout(300)]
 OURS = "org.hostimage1."
 REBOOT = "org.freedesktop.login1.reboot-multiple-sessions"
 TRACKED = "docker://registry.example/os:latest"
