@@ -131,6 +131,7 @@ def _prepare(
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.service import Service
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
 
@@ -144,6 +145,8 @@ def _prepare(
     holds.load()
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
+    verified = Verified(paths.verified_file, boot_id)
+    verified.load()
 
     def make(
         connection: Connection, tasks: asyncio.TaskGroup, calls: asyncio.TaskGroup, notifier: Notifier
@@ -160,6 +163,7 @@ def _prepare(
             history=history,
             holds=holds,
             updates=updates,
+            verified=verified,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

@@ -26,6 +26,7 @@ from hostimage_testing.host import scratch_host
 from hostimaged.bus.holds import Holds
 from hostimaged.bus.service import Service
 from hostimaged.bus.updates import Updates
+from hostimaged.bus.verified import Verified
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import COMMAND, WorkerSettings
@@ -107,6 +108,7 @@ async def serving(
             load_settings=lambda: (Settings(), []),
             holds=Holds(root / "run/hostimaged/hold.json", "boot"),
             updates=Updates(root / "run/hostimaged/check.json", "boot"),
+            verified=Verified(root / "run/hostimaged/verified.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

@@ -19,11 +19,13 @@ from hostimaged.jobs.operations import (
     KernelArguments,
     Pin,
     Pull,
+    Repair,
     Rollback,
     Stage,
     Switch,
     Unstage,
     Upgrade,
+    Verify,
 )
 
 if TYPE_CHECKING:
@@ -151,6 +153,10 @@ def _housekeeping(request: Request, settings: Settings, waits: dict[str, Any]) -
         case Member.EXPLAIN:
             (what,) = request.arguments
             return Explain(what=what, **rules_of(settings), **waits)
+        case Member.REPAIR:
+            return Repair(dry_run=request.options.get("dry-run", False), **waits)
+        case Member.VERIFY_REPOSITORY:
+            return Verify(**waits)
         case Member.DIFF:
             (other,) = request.arguments
             return Diff(deployment=request.deployment, other=other, **waits)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
@@ -41,6 +42,7 @@ class Model:
         history: History,
         holds: Holds,
         updates: Updates,
+        verified: Verified,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -51,6 +53,7 @@ class Model:
         self._history = history
         self._holds = holds
         self._updates = updates
+        self._verified = verified
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
@@ -160,7 +163,7 @@ class Model:
         return self._updates.current(self.tracked, self._status.findings)
 
     def _problems(self) -> list[Problem]:
-        return [*self._own_problems, *self._status.findings.problems]
+        return [*self._own_problems, *self._verified.problems, *self._status.findings.problems]
 
 
 def _sizes(findings: Findings) -> list[int]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hostimaged.bus.authorization import Member
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History
     from hostimaged.jobs.job import Job
@@ -58,8 +59,9 @@ class Service:
     """Serves ``connection`` until ``stop``; its tasks belong to ``tasks``, those of calls to ``calls``.
 
     After ``stop`` the tasks of ``calls`` are to be cancelled: some may wait for a dialog that stays open.
-    ``history``, ``holds`` and ``updates`` are loaded. ``load_settings`` reads the settings again, and may
-    block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the service does.
+    ``history``, ``holds``, ``updates`` and ``verified`` are loaded. ``load_settings`` reads the settings
+    again, and may block. ``linger``: seconds a job that ended stays readable. ``notifier`` is told what the
+    service does.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Service:
         history: History,
         holds: Holds,
         updates: Updates,
+        verified: Verified,
         boot_id: str,
         workers: WorkerSettings,
         notifier: Notifier,
@@ -89,6 +92,7 @@ class Service:
         self._history = history
         self._holds = holds
         self._updates = updates
+        self._verified = verified
         self._load_settings = load_settings
         self._reloading = asyncio.Lock()
         self._server = ObjectServer(connection, ROOT_PATH, calls, interfaces, translate)
@@ -107,6 +111,7 @@ class Service:
             history=history,
             holds=holds,
             updates=updates,
+            verified=verified,
             deployments=self._deployments,
             boot_id=boot_id,
             settings=settings,
@@ -227,6 +232,9 @@ class Service:
         self._diffs.take(job, self._status.findings.deployments)
         if self._updates.job_ended(job, self._model.tracked):
             self._tasks.create_task(self._updates.save())
+        if self._verified.job_ended(job):
+            self._model.changed()
+            self._tasks.create_task(self._verified.save())
         self._manager.refresh()
         self._jobs.change(job)
         self._manager.job_removed(JobRecord.of(job), job.path)

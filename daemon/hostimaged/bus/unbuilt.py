@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 #: Members, and what is missing.
 MEMBERS: Final[Mapping[Member, str]] = {
-    Member.VERIFY_REPOSITORY: "verification of the repository",
-    Member.REPAIR: "repair of the repository",
     Member.SET_UNIFIED: "unified storage",
     Member.SET_UPDATE_POLICY: "automatic updates",
 }

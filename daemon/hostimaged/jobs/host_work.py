@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.jobs import work
-from hostimaged.progress import Silent
+from hostimaged.progress import Phase, Silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,6 +148,69 @@ def collect(paths: HostPaths, operation: operations.Collect, channel: Channel) -
             return found | {"dry-run": True}
     except RepositoryMissing:
         return {"result": "nothing"}
+
+
+def verify(paths: HostPaths, operation: operations.Verify, channel: Channel) -> dict[str, Any]:
+    """Compare everything that is stored with its digests; the lock is held in slices.
+
+    Damage is no failure of the job: the result tells of it. Before the first pull there is none.
+    """
+    from hostimaged.composefs.fsck_objects import object_sizes
+    from hostimaged.composefs.repository import RepositoryMissing
+    from hostimaged.host.damage import verification_of
+    from hostimaged.host.session import optional_verity
+    from hostimaged.jobs.slices import reading
+    from hostimaged.oci import fsck
+
+    channel.phase(Phase.VERIFYING)
+    try:
+        with reading(
+            paths.repository, channel, lock_timeout=operation.lock_timeout, insecure=optional_verity(paths)
+        ) as (repository, slices):
+            sizes = object_sizes(repository.fileno())
+            channel.totals(sum(sizes), 0)
+            report = fsck.check(
+                repository,
+                give_up=channel.check,
+                breaks=slices,
+                advance=lambda directory: channel.advance(sizes[directory]),
+            )
+            return verification_of(paths, repository, report, _InSlices(slices)).as_dict()
+    except RepositoryMissing:
+        return {"ok": True, "text": "there is no repository yet"}
+
+
+def repair(paths: HostPaths, operation: operations.Repair, channel: Channel) -> dict[str, Any]:
+    """Get again what is damaged, or tell what that would be; before the first pull there is nothing.
+
+    The shared lock is held throughout, as what is got again need not be referred to yet; in slices in a dry
+    run.
+    """
+    from hostimaged.composefs.repository import Repository, RepositoryMissing
+    from hostimaged.host.repair import repair as repair_repository
+    from hostimaged.host.session import optional_verity
+    from hostimaged.jobs.slices import reading
+
+    insecure = optional_verity(paths)
+    timeout = operation.lock_timeout
+    try:
+        if operation.dry_run:
+            with reading(paths.repository, channel, lock_timeout=timeout, insecure=insecure) as (
+                repository,
+                slices,
+            ):
+                told = _InSlices(slices)
+                return repair_repository(paths, repository, told, dry_run=True, breaks=slices).as_dict()
+        with Repository.open(
+            paths.repository, lock_timeout=timeout, insecure=insecure, check=channel.check
+        ) as repository:
+            return repair_repository(paths, repository, channel).as_dict()
+    except RepositoryMissing:
+        return {"ok": True, "text": "there is no repository yet"}
+    finally:
+        if operation.changes:
+            with suppress(HostimageError):
+                work.scan(paths, None, channel)
 
 
 def explain(paths: HostPaths, operation: operations.Explain, channel: Channel) -> dict[str, Any]:

@@ -335,6 +335,36 @@ class Explain(_Rules):
         return Profile.SCAN
 
 
+class Repair(_HostOperation):
+    """Get again what is damaged in the repository; or only tell what that would be."""
+
+    kind: Literal["repair"] = "repair"
+    dry_run: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """See ``_Operation``."""
+        return not self.dry_run
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs: images may come out of containers-storage."""
+        return Profile.SCAN if self.dry_run else Profile.PULL_STORAGE
+
+
+class Verify(_HostOperation):
+    """Compare everything in the repository with its digests."""
+
+    mutating = False
+
+    kind: Literal["verify"] = "verify"
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN
+
+
 class Check(_OfImage):
     """Find out what ``reference`` is at its source now, and how much of it is missing; changes nothing."""
 
@@ -410,7 +440,9 @@ Operation = Annotated[
     | KernelArguments
     | Recover
     | Collect
-    | Explain,
+    | Explain
+    | Repair
+    | Verify,
     Field(discriminator="kind"),
 ]
 

@@ -41,12 +41,14 @@ WORK: Final[Mapping[str, str]] = {
     "pin": "hostimaged.jobs.host_work:pin",
     "pull": "hostimaged.jobs.work:pull",
     "recover": "hostimaged.jobs.host_work:recover",
+    "repair": "hostimaged.jobs.host_work:repair",
     "rollback": "hostimaged.jobs.host_work:rollback",
     "scan": "hostimaged.jobs.work:scan",
     "stage": "hostimaged.jobs.host_work:stage",
     "switch": "hostimaged.jobs.work:pull",
     "unstage": "hostimaged.jobs.host_work:unstage",
     "upgrade": "hostimaged.jobs.host_work:upgrade",
+    "verify": "hostimaged.jobs.host_work:verify",
 }
 
 

@@ -7,7 +7,6 @@ interrupted one left. Facts: composefs-rs 0.9, OCI images in a repository.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -154,8 +153,10 @@ class Commit:
         """Build what is missing of the EROFS images in the repository's formats."""
         repository = self._repository
         known = images.image_ids(stored.refs) if stored is not None and self._same_layers(stored) else {}
-        self.image_ids = {kind: id_ for kind, id_ in known.items() if _is_image(repository, id_)}
+        self.image_ids = {kind: id_ for kind, id_ in known.items() if images.has_image(repository, id_)}
         wanted = [kind for kind in repository.formats.in_order() if kind in IMAGE_REFS]
+        # What the configuration names is completed in whatever format it is.
+        wanted += [kind for kind in known if kind not in wanted]
         missing = [kind for kind in wanted if kind not in self.image_ids]
         done = len(wanted) - len(missing)
         self._reporter.generating(done, len(wanted))
@@ -295,12 +296,3 @@ def _write(
         for key, id_ in refs.items():
             writer.named_ref(key, id_)
         return repository.write_stream(name, writer)
-
-
-def _is_image(repository: Repository, id_: ObjectId) -> bool:
-    """Whether the EROFS image is there under its name."""
-    try:
-        os.close(repository.open_image(id_.hex()))
-    except (ImageNotFound, CorruptRepository, VerityMismatch):
-        return False
-    return True

@@ -189,6 +189,11 @@ class HostPaths:
         """The last check of the tracked image, kept over restarts of the daemon within a boot."""
         return self.run_dir / "check.json"
 
+    @property
+    def verified_file(self) -> Path:
+        """How the last verification of the repository ended, kept over restarts within a boot."""
+        return self.run_dir / "verified.json"
+
 
 def _auth_files(root: Path) -> tuple[Path, ...]:
     """The auth files bootc passes, most specific first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class RandomRepository:
             pending += named - kept
         return kept
 
-    def live(self, roots: set[str] = frozenset(), without: set[str] = frozenset()) -> set[ObjectId]:  # type: ignore[assignment]
+    def live(self, roots: Collection[str] = (), without: Collection[str] = ()) -> set[ObjectId]:
         """Everything that references and the names ``roots`` keep."""
         live: set[ObjectId] = set()
         for path, id_ in self.references.items():

@@ -17,11 +17,12 @@ Which references there should be is for ``hostimaged.host`` to say.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.composefs.erofs import Image
+from hostimaged.composefs.erofs import possible_objects
 from hostimaged.composefs.erofs.format import MAX_IMAGE
 from hostimaged.composefs.repository.links import IMAGES, STREAMS, Links, leads_somewhere, read_links
 from hostimaged.composefs.repository.live import ObjectSet
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from hostimaged.progress import Reporter
 
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY
+_HEX: Final = re.compile(r"[0-9a-fA-F]+\Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +166,11 @@ class _Marking:
 
     def _mark_image(self, name: str, id_: ObjectId) -> None:
         self._objects.add(id_)
+        # The content is what its name says, so its structure is what some writer made it: not looked at.
         path = f"{IMAGES}/{name}"
         try:
             data = self._repository.read_object(id_, MAX_IMAGE)
-            needed = Image(data, self._repository.algorithm, name=path).objects()
+            needed = possible_objects(data, self._repository.algorithm, name=path)
         except HostimageError as error:
             self._note("image", path, error)
         else:
@@ -334,15 +337,22 @@ class _Sweep:
             os.close(directory)
         return removed, size
 
-    def _dead(self, prefix: str, names: list[str]) -> Iterator[str]:
+    def _dead(self, prefix: str, names: list[str]) -> list[str]:
         """Those of ``names`` that are of objects which do not stay."""
-        live, length = self._marked.objects, self._repository.algorithm.hex_length - 2
-        for name in names:
-            if len(name) != length:
-                continue
-            try:
-                id_ = bytes.fromhex(prefix + name)
-            except ValueError:
-                continue
-            if id_ not in live:
-                yield name
+        length = self._repository.algorithm.hex_length - 2
+        size = self._repository.algorithm.digest_size
+        named = [name for name in names if len(name) == length]
+        joined = _parsed(prefix, named)
+        # Where it is shorter there was white space, which is skipped.
+        if len(joined) != len(named) * size:
+            named = [name for name in named if _HEX.match(name)]
+            joined = _parsed(prefix, named)
+        return [named[place] for place in self._marked.objects.absent(joined, size)]
+
+
+def _parsed(prefix: str, names: list[str]) -> bytes:
+    """The ids of objects one after the other; fewer bytes if any of ``names`` is none of one."""
+    try:
+        return bytes.fromhex(prefix + prefix.join(names)) if names else b""
+    except ValueError:
+        return b""

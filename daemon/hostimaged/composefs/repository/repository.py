@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from hostimaged.composefs import fsverity
-from hostimaged.composefs.fsverity import Algorithm
+from hostimaged.composefs.fsverity import Algorithm, FsVerityError
 from hostimaged.composefs.repository import names, opening
 from hostimaged.composefs.repository.metadata import DEFAULT_FORMATS, Metadata, RepositoryMissing, Verity
 from hostimaged.composefs.repository.names import NameTable, check_name, check_reference
@@ -27,7 +27,7 @@ from hostimaged.errors import (
 from hostimaged.system import durable, locks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from types import TracebackType
 
     from hostimaged.composefs.fsverity import Buffer
@@ -342,6 +342,18 @@ class Repository:
         """The content of an object, its digest checked. Raises ``LimitsExceeded`` beyond ``limit`` bytes."""
         return self._objects.read(id_, limit)
 
+    def distrust(self, ids: Collection[ObjectId]) -> None:
+        """From now on take these objects, which are known to be damaged, for missing.
+
+        Reading them raises ``VerityMismatch``; storing one replaces it, in one step, and ends the distrust.
+        """
+        self._objects.distrusted.update(ids)
+
+    @property
+    def distrusted(self) -> frozenset[ObjectId]:
+        """The objects that are taken for missing."""
+        return frozenset(self._objects.distrusted)
+
     def has_object(self, id_: ObjectId) -> bool:
         """Whether there is a file of that name; it is not looked into."""
         return self._objects.size(id_) is not None
@@ -364,6 +376,12 @@ class Repository:
         """The part of ``check_writable`` that no system call tells: it is asked once per object."""
         if self.metadata.unknown_read_only_compatible:
             self.check_writable()
+
+    def _check_trusted(self, link: str) -> None:
+        """Raises ``VerityMismatch`` if ``link`` leads to an object that is known to be damaged."""
+        if self._objects.distrusted and (text := self._names.read(link)) is not None:
+            with contextlib.suppress(FsVerityError):
+                self._objects.check_trusted(fsverity.parse_pathname(self.algorithm, text))
 
     # --- streams -------------------------------------------------------------------------------------------
 
@@ -420,6 +438,8 @@ class Repository:
         the caller wants.
         """
         what = f"stream {name or (id_ or b'').hex()}"
+        if id_ is None and "/" not in name:
+            self._check_trusted(f"{_STREAMS}/{check_name(name)}")
         if id_ is not None:
             fd = self._objects.open(id_)
         elif (opened := self._names.open(f"{_STREAMS}/{check_reference(name)}")) is not None:
@@ -484,6 +504,8 @@ class Repository:
         ``name`` is the id in hex, which is checked as any object's, a reference without ``/``, or ``refs/``
         and a reference, which are not. Raises ``ImageNotFound``, ``VerityMismatch`` or ``FsVerityError``.
         """
+        if "/" not in name:
+            self._check_trusted(f"{_IMAGES}/{check_name(name)}")
         fd = self._names.open(f"{_IMAGES}/{check_reference(name)}")
         if fd is None and "/" not in name:
             fd = self._names.open(f"{_IMAGE_REFS}/{name}")
