@@ -133,6 +133,7 @@ def _prepare(
     from hostimaged.bus.service import Service
     from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
 
@@ -150,6 +151,8 @@ def _prepare(
     updates.load()
     policy = Policy(paths)
     policy.load()
+    verified = Verified(paths.verified_file, boot_id)
+    verified.load()
 
     def make(
         connection: Connection, tasks: asyncio.TaskGroup, calls: asyncio.TaskGroup, notifier: Notifier
@@ -169,6 +172,7 @@ def _prepare(
             policy=policy,
             boot_failure=read_boot_failure(paths.boot_file, boot_id),
             sizes=sizes,
+            verified=verified,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

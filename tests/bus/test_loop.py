@@ -29,6 +29,7 @@ from hostimaged.bus.policy import Policy
 from hostimaged.bus.service import Service
 from hostimaged.bus.sizes import Sizes
 from hostimaged.bus.updates import Updates
+from hostimaged.bus.verified import Verified
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import COMMAND, WorkerSettings
@@ -113,6 +114,7 @@ async def serving(
             policy=Policy(HostPaths.scratch(root)),
             boot_failure=None,
             sizes=Sizes(root / "run/hostimaged/sizes.json", "boot"),
+            verified=Verified(root / "run/hostimaged/verified.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",

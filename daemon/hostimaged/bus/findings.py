@@ -48,12 +48,13 @@ class ImageRow(Hyphened):
 
 
 class RepositoryRow(Hyphened):
-    """The repository; ``used`` is in bytes, None if the scan did not look."""
+    """The repository; ``used`` and ``reclaimable``, None where a scan did not look, are in bytes."""
 
     algorithm: _Text
     formats: list[_Text]
     secure: bool
     used: _Size | None = None
+    reclaimable: _Size | None = None
 
 
 class Problem(Hyphened):
@@ -115,6 +116,7 @@ class Findings(Hyphened):
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
     rollback_queued: bool = False
+    unsettled: bool = False
     host: HostRow | None = None
     bootc: dict[str, Any] = Field(default_factory=dict)
     unified: bool = False

@@ -12,16 +12,20 @@ from hostimaged.errors import Internal
 from hostimaged.jobs.job import Apply, Initiator, Terms
 from hostimaged.jobs.operations import (
     Check,
+    Collect,
     Delete,
     Diff,
+    Explain,
     KernelArguments,
     Pin,
     Pull,
+    Repair,
     Rollback,
     Stage,
     Switch,
     Unstage,
     Upgrade,
+    Verify,
 )
 
 if TYPE_CHECKING:
@@ -146,8 +150,34 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         case Member.SET_KERNEL_ARGUMENTS:
             add, remove = request.arguments
             return KernelArguments(add=add, remove=remove, **waits)
+        case _:
+            return _housekeeping(request, settings, waits)
+
+
+def _housekeeping(request: Request, settings: Settings, waits: dict[str, Any]) -> Operation:
+    """As ``operation_of``, of what installs nothing."""
+    match request.member:
+        case Member.COLLECT_GARBAGE:
+            dry_run = request.options.get("dry-run", False)
+            return Collect(dry_run=dry_run, **rules_of(settings), **waits)
+        case Member.EXPLAIN:
+            (what,) = request.arguments
+            return Explain(what=what, **rules_of(settings), **waits)
+        case Member.REPAIR:
+            return Repair(dry_run=request.options.get("dry-run", False), **waits)
+        case Member.VERIFY_REPOSITORY:
+            return Verify(**waits)
         case Member.DIFF:
             (other,) = request.arguments
             return Diff(deployment=request.deployment, other=other, **waits)
         case _:
             raise Internal
+
+
+def rules_of(settings: Settings) -> dict[str, Any]:
+    """What the settings say to operations that decide what is garbage."""
+    return {
+        "tracked": settings.tracked_image,
+        "keep_pulled": settings.keep_pulled,
+        "minimum_free": settings.minimum_free,
+    }

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
     from hostimaged.bus.bootfailure import BootFailure
     from hostimaged.bus.deployments import DeploymentObjects
-    from hostimaged.bus.findings import ImageRow
+    from hostimaged.bus.findings import Findings, ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
     from hostimaged.bus.requests import Request
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
@@ -51,6 +52,7 @@ class Model:
         updates: Updates,
         policy: Policy,
         boot_failure: BootFailure | None,
+        verified: Verified,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -63,6 +65,7 @@ class Model:
         self._updates = updates
         self._policy = policy
         self._boot_failure = boot_failure
+        self._verified = verified
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
@@ -159,7 +162,7 @@ class Model:
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
-            "RepositorySize": [(findings.repository and findings.repository.used) or 0, 0],
+            "RepositorySize": _sizes(findings),
         }
 
     def answer(self) -> Encoded:
@@ -194,6 +197,7 @@ class Model:
             own.append(_unwatched(self._unwatched))
         if self._policy.problem:
             own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
+        own += self._verified.problems
         if self._boot_failure is not None:
             own.append(Problem(id="boot", severity="error", text=self._boot_failure.message))
         return [*own, *self._status.findings.problems]
@@ -221,6 +225,12 @@ class Model:
 def _unwatched(why: str) -> Problem:
     text = f"what other programs change is noticed late: {why}"
     return Problem(id="watch", severity="warning", text=text)
+
+
+def _sizes(findings: Findings) -> list[int]:
+    """Bytes that are used, and that could be reclaimed; 0 where unknown."""
+    row = findings.repository
+    return [0, 0] if row is None else [row.used or 0, row.reclaimable or 0]
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:

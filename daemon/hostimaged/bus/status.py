@@ -166,10 +166,19 @@ class StatusCache:
         if place < self._taken_place:
             return
         self._taken_place = place
+        prepared = replace(prepared, findings=self._with_known_sizes(prepared.findings))
         self._prepared = prepared
         self._findings = self._sizes.applied(prepared.findings)
         self._known.set()
         self._changed()
+
+    def _with_known_sizes(self, findings: Findings) -> Findings:
+        """With what could be reclaimed when it was last looked at: few scans do, as it takes long."""
+        new, old = findings.repository, self.findings.repository
+        if new is None or old is None or new.reclaimable is not None:
+            return findings
+        known = new.model_copy(update={"reclaimable": old.reclaimable})
+        return findings.model_copy(update={"repository": known})
 
     def document(
         self,

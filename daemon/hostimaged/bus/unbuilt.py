@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 #: Members, and what is missing.
 MEMBERS: Final[Mapping[Member, str]] = {
-    Member.COLLECT_GARBAGE: "garbage collection",
-    Member.VERIFY_REPOSITORY: "verification of the repository",
-    Member.REPAIR: "repair of the repository",
-    Member.EXPLAIN: "garbage collection",
     Member.SET_UNIFIED: "unified storage",
 }
 #: Options, where they are true, of members that are built.

@@ -5,19 +5,20 @@ Everything here is done under the exclusive lock, reads the host again before it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hostimaged.boot import bls
 from hostimaged.errors import BootLoaderError
 from hostimaged.host import bootfs, marker, statedirs
+from hostimaged.host.artifacts import KernelFiles, UkiFiles
 from hostimaged.system import durable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from hostimaged.boot.bls import Entry
-    from hostimaged.host.artifacts import KernelFiles, UkiFiles
-    from hostimaged.host.entries import Foreign
+    from hostimaged.host.entries import Foreign, SetEntry
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.ids import DeploymentId
@@ -59,42 +60,69 @@ def _discard_states(
         referenced = is_referenced(state, id_, staged=not staged_too)
         if not referenced and statedirs.remove(session.paths, session.work, id_):
             discarded.append(id_)
+            session.expect_garbage()
         session.reporter.at("discard.state")
     return discarded
 
 
-def sweep_artifacts(session: Session, state: HostState) -> None:
-    """Remove kernels and UKIs that no entry, live or staged, starts: whoever left them, nothing uses them.
+@dataclass(frozen=True, slots=True)
+class DeadArtifact:
+    """A kernel or UKI that no entry starts. ``size`` is in bytes."""
 
-    Nothing is removed where the entries are in doubt: unreadable, one of them damaged, or without the running
-    deployment.
+    place: KernelFiles | UkiFiles
+    name: str
+    prefixed: bool
+    size: int
+
+    def remove(self) -> None:
+        """Remove it, durably. Raises ``NoSpace``, ``ReadOnly`` or ``StorageError``."""
+        if self.prefixed:
+            self.place.remove(self.name)
+        else:
+            self.place.remove_unprefixed(self.name)
+
+
+def dead_artifacts(state: HostState, entries: Sequence[SetEntry]) -> list[DeadArtifact]:
+    """Kernels and UKIs that none of ``entries`` starts: whoever left them, nothing uses them.
+
+    None where the entries are in doubt: unreadable, one of them damaged, or without the running deployment.
     """
-    if state.sets.unreadable or not state.sets.entries or state.dirs.boot is None:
-        return
+    if state.sets.unreadable or not entries or state.dirs.kernels is None:
+        return []
     others = [foreign for each in (state.sets.live, state.sets.staged) if each for foreign in each.foreign]
     if any(foreign.problem for foreign in others):
-        return
-    entries = [entry.entry for entry in state.sets.entries] + [
+        return []
+    known = [entry.entry for entry in entries] + [
         parsed for foreign in others if (parsed := _parsed(foreign)) is not None
     ]
-    used = {entry.artifact() for entry in entries}
+    used = {entry.artifact() for entry in known}
     if state.booted is not None:
-        if not any(entry.id == state.booted.id for entry in state.sets.entries):
-            return
+        if not any(entry.id == state.booted.id for entry in entries):
+            return []
         used |= {str(state.booted.id), str(state.booted.cmdline_id)}
-    without_prefix = {entry.artifact() for entry in entries if not entry.has_prefix}
-    places: list[KernelFiles | UkiFiles] = [session.kernels(state)]
+    without_prefix = {entry.artifact() for entry in known if not entry.has_prefix}
+    places: list[KernelFiles | UkiFiles] = [KernelFiles(state.dirs.kernels)]
     if state.dirs.ukis is not None:
-        places.append(session.ukis(state))
+        places.append(UkiFiles(state.dirs.ukis))
+    dead = []
     for place in places:
         for found in place.found():
             if found.name not in used:
-                place.remove(found.name)
-                session.reporter.at("discard.artifact")
-        for name in place.unprefixed():
-            if name not in without_prefix:
-                place.remove_unprefixed(name)
-                session.reporter.at("discard.artifact")
+                size = bootfs.tree_bytes(found.path)
+                dead.append(DeadArtifact(place, found.name, prefixed=True, size=size))
+        dead += [
+            DeadArtifact(place, name, prefixed=False, size=0)
+            for name in place.unprefixed()
+            if name not in without_prefix
+        ]
+    return dead
+
+
+def sweep_artifacts(session: Session, state: HostState) -> None:
+    """Remove the dead artifacts of all that has an entry."""
+    for each in dead_artifacts(state, state.sets.entries):
+        each.remove()
+        session.reporter.at("discard.artifact")
 
 
 def _parsed(foreign: Foreign) -> Entry | None:

@@ -141,4 +141,5 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.reporter.at("finalize.marker")
     store.remove_staged()
     session.reporter.at("finalize.entries")
+    session.expect_garbage()
     # What the merge of /etc left is removed after the next boot (recover): a shutdown has no time for it.

@@ -101,6 +101,14 @@ def _finish(session: Session, state: HostState, transaction: Transaction) -> lis
             if live == transaction.after:
                 return cleanup.discard(session, transaction.discard)
             return _undo(session, transaction)
+        case Operation.UPGRADE:
+            from hostimaged.oci.upgrade import upgrade_images
+
+            upgrade_images(session.repository, session.reporter)
+            return []
+        case Operation.COLLECT:
+            # The rest is garbage as it was: the next collection finds it.
+            return cleanup.discard(session, transaction.discard)
 
 
 def _undo(session: Session, transaction: Transaction) -> list[DeploymentId]:

@@ -111,6 +111,16 @@ class Session:
         with told("cannot remove the mark of the staged deployment"):
             (directory / marker.NAME).unlink(missing_ok=True)
 
+    def expect_garbage(self) -> None:
+        """A deployment goes, or another is about to: what that leaves is collected, at the latest next boot.
+
+        Not synced: a lost note costs space for a while.
+        """
+        path = self.paths.collection_due
+        with told(f"cannot write {path}"):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch()
+
     def steady(self) -> Session:
         """The same session, in which nobody can be told to stop: after a commit point, and to take back."""
         return replace(self, reporter=_Steady(self.reporter))

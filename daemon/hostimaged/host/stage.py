@@ -30,8 +30,7 @@ from hostimaged.host.origin import Origin
 from hostimaged.host.prefix import migrate
 from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
-from hostimaged.host.tags import bootc_tag
-from hostimaged.oci import images
+from hostimaged.host.tags import tag_deployment
 from hostimaged.oci.times import microseconds
 from hostimaged.progress import Phase
 
@@ -107,7 +106,7 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     session.reporter.phase(Phase.STAGING)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     session.reporter.at("stage.image")
-    images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
+    tag_deployment(session.paths, session.repository, request.manifest_digest)
     session.repository.sync()
     session.reporter.at("stage.tagged")
     return _Stage(session, request, boot, settle(session)).run()
@@ -201,6 +200,7 @@ class _Stage:
         self._at("stage.entries")
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
         session.steady().reporter.at("stage.marker")
+        session.expect_garbage()
 
     def _known(self) -> dict[str, Any] | None:
         """The result if this deployment is there already."""

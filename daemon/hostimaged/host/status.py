@@ -19,16 +19,25 @@ from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, whole: bool = False, used: bool = True) -> dict[str, Any]:
+def scan(
+    paths: HostPaths,
+    *,
+    whole: bool = False,
+    used: bool = True,
+    reclaimable: Callable[[Repository, HostState], int | None] | None = None,
+) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
     The repository is opened once, and so is the ESP, which is given back. ``whole``: not without the ESP;
     raises ``BootLoaderError`` if it cannot be mounted, which else is a problem. ``used``: whether to find out
-    how much the objects take, which takes the longest.
+    how much the objects take, and ``reclaimable`` how many bytes a collection of garbage would free; both
+    take long.
     """
     problems: list[Problem] = []
     try:
@@ -39,12 +48,18 @@ def scan(paths: HostPaths, *, whole: bool = False, used: bool = True) -> dict[st
         problems.append(Problem(ProblemId.BOOT_DIRECTORY, error.message))
         paths = replace(paths, esp_sought=True)
     try:
-        return _scan(paths, problems, used=used)
+        return _scan(paths, problems, used=used, reclaimable=reclaimable)
     finally:
         espmount.release(paths)
 
 
-def _scan(paths: HostPaths, problems: list[Problem], *, used: bool) -> dict[str, Any]:
+def _scan(
+    paths: HostPaths,
+    problems: list[Problem],
+    *,
+    used: bool,
+    reclaimable: Callable[[Repository, HostState], int | None] | None,
+) -> dict[str, Any]:
     try:
         repository = Repository.open_unlocked(paths.repository)
     except RepositoryMissing:
@@ -56,6 +71,8 @@ def _scan(paths: HostPaths, problems: list[Problem], *, used: bool) -> dict[str,
         found = scan_repository(paths, repository, used=used)
         state = read_host(paths, repository, soft_reboots=True)
         found["contents"] = "" if repository is None else contents_of(repository, state)
+        if reclaimable is not None and repository is not None and found["repository"] is not None:
+            found["repository"]["reclaimable"] = reclaimable(repository, state)
     finally:
         if repository is not None:
             repository.close()
@@ -67,8 +84,12 @@ def _scan(paths: HostPaths, problems: list[Problem], *, used: bool) -> dict[str,
 
 
 def deployments(state: HostState) -> dict[str, Any]:
-    """``deployments``, ``rollback-queued`` and ``host`` of the findings."""
+    """``deployments``, ``rollback-queued``, ``unsettled`` and ``host`` of the findings.
+
+    ``unsettled``: there is a staged set that nothing will activate, as after a power cut.
+    """
     return {
+        "unsettled": state.marker is None and state.sets.staged is not None,
         "deployments": [_row(row, place) for place, row in enumerate(state.visible)],
         "rollback-queued": state.rollback_queued,
         "host": None if not state.visible else _host(state),

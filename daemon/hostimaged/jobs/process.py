@@ -180,7 +180,7 @@ class Worker:
         """
         if self._settings.root is not None:
             return ()
-        if not (operation.mutating or operation.writes):
+        if not (operation.changes or operation.writes):
             return ("--esp",) if operation.profile is Profile.SCAN else ()
         paths = HostPaths.live()
         places = [paths.physical_root]

@@ -291,7 +291,7 @@ class JobQueue:
             await self._status.take(place, status)
         if self._gave_way(job, outcome):
             return
-        if job.operation.mutating and not scans:
+        if job.operation.changes and not scans:
             if job.state is JobState.RUNNING:
                 job.state = JobState.FINALIZING
                 self._observer.job_changed(job, only_progress=False)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.errors import HostimageError
 
 if TYPE_CHECKING:
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.host.model import HostState
     from hostimaged.jobs import operations
     from hostimaged.jobs.channel import Channel
     from hostimaged.system.paths import HostPaths
@@ -78,4 +82,19 @@ def scan_after(paths: HostPaths, channel: Channel) -> None:
     """
     from hostimaged.host.status import scan as scan_host
 
-    channel.status(scan_host(paths, whole=True))
+    channel.status(scan_host(paths, whole=True, reclaimable=partial(_reclaimable, paths, channel)))
+
+
+def _reclaimable(paths: HostPaths, channel: Channel, repository: Repository, state: HostState) -> int | None:
+    """Bytes that a collection of garbage would free; None if that cannot be told, or the job is to stop."""
+    from hostimaged import config
+    from hostimaged.host.collect import dry_run
+    from hostimaged.host.collectplan import Rules
+
+    settings, _ = config.load(paths.settings)
+    rules = Rules(settings.tracked_image, settings.keep_pulled, settings.minimum_free)
+    try:
+        found = dry_run(paths, repository, state, rules, now=int(time.time()), reporter=channel)
+    except HostimageError:
+        return None
+    return int(found["objects-bytes"])

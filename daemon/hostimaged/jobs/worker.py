@@ -34,13 +34,16 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
     "check": "hostimaged.jobs.work:check",
+    "collect": "hostimaged.jobs.host_work:collect",
     "delete": "hostimaged.jobs.host_work:delete",
     "diff": "hostimaged.jobs.host_work:diff",
+    "explain": "hostimaged.jobs.host_work:explain",
     "kargs": "hostimaged.jobs.host_work:kernel_arguments",
     "pin": "hostimaged.jobs.host_work:pin",
     "policy": "hostimaged.jobs.work:set_policy",
     "pull": "hostimaged.jobs.work:pull",
     "recover": "hostimaged.jobs.host_work:recover",
+    "repair": "hostimaged.jobs.host_work:repair",
     "rollback": "hostimaged.jobs.host_work:rollback",
     "scan": "hostimaged.jobs.work:scan",
     "soft-reboot": "hostimaged.jobs.host_work:soft_reboot",
@@ -48,6 +51,7 @@ WORK: Final[Mapping[str, str]] = {
     "switch": "hostimaged.jobs.work:pull",
     "unstage": "hostimaged.jobs.host_work:unstage",
     "upgrade": "hostimaged.jobs.host_work:upgrade",
+    "verify": "hostimaged.jobs.host_work:verify",
 }
 
 
@@ -139,7 +143,7 @@ def _run(order: Order, channel: Channel, work: Mapping[str, str], live: HostPath
             what=str(paths.job_lock),
             check=channel.check,
         )
-        if operation.mutating
+        if operation.changes
         else nullcontext()
     )
     with lock:

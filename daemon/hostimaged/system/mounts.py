@@ -18,6 +18,8 @@ from hostimaged.system import mountcalls, syscalls
 _KEPT_FLAGS: Final = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 _MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
+#: The inode of the root of each subvolume of btrfs.
+_SUBVOLUME: Final = 256
 
 
 def make_writable(path: Path) -> None:
@@ -106,3 +108,34 @@ def _mount_point(path: Path) -> bytes:
         if inside and len(point) >= len(best):
             best = point
     return best
+
+
+def is_elsewhere(parent: Path, name: str) -> bool:
+    """Whether the directory ``name`` in ``parent`` has its place elsewhere: a link, or a directory that is
+    bound there. A whole file system, or subvolume, that is mounted there has no other place.
+
+    False for what is missing. Raises ``OSError``.
+    """
+    try:
+        if (parent / name).is_symlink():
+            return True
+        inside, outside = (
+            os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (parent / name, parent)
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        mount = _mount_id(inside)
+        if mount == _mount_id(outside) or os.fstat(inside).st_ino == _SUBVOLUME:
+            return False
+        lines = (line.split(b" ", 4) for line in _MOUNT_TABLE.read_bytes().splitlines())
+        return any(int(fields[0]) == mount and fields[3] != b"/" for fields in lines)
+    finally:
+        os.close(inside)
+        os.close(outside)
+
+
+def _mount_id(fd: int) -> int:
+    """The mount that the file open as ``fd`` lies on, as the table of mounts numbers it."""
+    facts = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    return next(int(line.split()[1]) for line in facts.splitlines() if line.startswith("mnt_id:"))

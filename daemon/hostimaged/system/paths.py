@@ -169,6 +169,16 @@ class HostPaths:
         return self.state / "transaction.json"
 
     @property
+    def made_tags(self) -> Path:
+        """Which tags of deployments were made here, not by bootc."""
+        return self.state / "tags.json"
+
+    @property
+    def collection_due(self) -> Path:
+        """Is there from the moment a deployment went that left garbage until that is collected."""
+        return self.state / "collection-due"
+
+    @property
     def temporary(self) -> Path:
         """Private directories of running jobs; emptied by recovery."""
         return self.state / "tmp"
@@ -216,6 +226,11 @@ class HostPaths:
     def sizes_file(self) -> Path:
         """The last measurement of sizes, kept over restarts of the daemon within a boot."""
         return self.run_dir / "sizes.json"
+
+    @property
+    def verified_file(self) -> Path:
+        """How the last verification of the repository ended, kept over restarts within a boot."""
+        return self.run_dir / "verified.json"
 
 
 def _auth_files(root: Path) -> tuple[Path, ...]:

@@ -136,6 +136,20 @@ async def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None
     }
 
 
+async def test_what_could_be_reclaimed_is_known_until_it_is_looked_at_again(bench: Bench) -> None:
+    async def found(**sizes: int) -> tuple[int, int | None]:
+        repository = {**FOUND["repository"], **sizes}
+        await bench.cache.take(bench.cache.begin(), {**FOUND, "repository": repository})
+        row = bench.cache.findings.repository
+        assert row is not None
+        return row.used, row.reclaimable
+
+    assert await found(used=5) == (5, None)
+    assert await found(used=6, reclaimable=3) == (6, 3)
+    assert await found(used=7) == (7, 3)
+    assert await found(used=4, reclaimable=0) == (4, 0)
+
+
 async def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
     first, second = bench.cache.begin(), bench.cache.begin()
     await bench.cache.take(second, FOUND)

@@ -170,3 +170,37 @@ print("fine")
 @needs_root
 def test_mounts_are_told_and_watches_keep_none_busy(tmp_path: Path) -> None:
     run(_MOUNTS, tmp_path)
+
+
+# What is bound, or a file system of its own, in a mount namespace that nobody else sees.
+_PLACES = """
+import sys
+from pathlib import Path
+from hostimaged.system import mounts, syscalls
+top = Path(sys.argv[1])
+syscalls.mount("/", syscalls.MS_REC | syscalls.MS_PRIVATE)
+syscalls.mount(top / "bound", syscalls.MS_BIND, top / "plain")
+import subprocess
+subprocess.run(["mount", "-t", "tmpfs", "none", top / "own"], check=True)
+print([mounts.is_elsewhere(top, name) for name in ("plain", "bound", "own", "link", "missing", "file")])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_directory_that_is_bound_or_linked_has_its_place_elsewhere(tmp_path: Path) -> None:
+    for name in ("plain", "bound", "own"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("plain")
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", _PLACES, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY_ROOT}/daemon:{REPOSITORY_ROOT}/dbus"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    if "unshare failed" in done.stderr:
+        pytest.skip("this machine allows no mount namespaces")
+    assert (done.stdout, done.stderr) == ("[False, True, False, True, False, False]\n", "")
