@@ -5,10 +5,15 @@ The bus name is taken first; everything that takes time to import comes after it
 
 from __future__ import annotations
 
+import sys
+
+# ruff: noqa: E402
+# asyncio takes it where it is there, and it takes 2 MB: this daemon encrypts nothing.
+sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+
 import argparse
 import asyncio
 import signal
-import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
