@@ -29,7 +29,7 @@ from hostimage_testing.polkit_double import Answer, PolkitDouble
 from hostimage_testing.users import NEEDS_ROOT, user
 
 # Each call that is let through starts a job, and there are hundreds.
-pytestmark = [NEEDS_ROOT, pytest.mark.timeout(300)]
+pytestmark = [*NEEDS_ROOT, pytest.mark.timeout(300)]
 OURS = "org.hostimage1."
 REBOOT = "org.freedesktop.login1.reboot-multiple-sessions"
 TRACKED = "docker://registry.example/os:latest"
