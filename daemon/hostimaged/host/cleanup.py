@@ -151,7 +151,13 @@ def staged_only_bytes(session: Session, state: HostState) -> int:
 def remove_temporary(session: Session, state: HostState) -> None:
     """Remove what a crash left under temporary names: on the boot file system, and beside files of ours."""
     paths = session.paths
-    replaced = [paths.transaction, paths.pulls, paths.expected_boot, *statedirs.origins(paths)]
+    replaced = [
+        paths.transaction,
+        paths.pulls,
+        paths.expected_boot,
+        paths.made_tags,
+        *statedirs.origins(paths),
+    ]
     if paths.marker_dir is not None:
         replaced.append(paths.marker_dir / marker.NAME)
     for path in replaced:

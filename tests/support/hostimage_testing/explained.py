@@ -24,6 +24,8 @@ _LASTING = (
     "sysroot/state/hostimaged/tmp",
     "sysroot/state/hostimaged/pulls.json",
     "sysroot/state/hostimaged/expected.json",
+    "sysroot/state/hostimaged/tags.json",
+    "sysroot/state/hostimaged/collection-due",
     "efi/EFI/Linux/bootc",
     "efi/loader/loader.conf",
 )
