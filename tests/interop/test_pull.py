@@ -464,7 +464,8 @@ def test_containers_storage(tmp_path: Path, cfsctl: str, skopeo: str, layout: La
     if form == "oci":
         assert str(result.source_digest) == str(direct.source_digest)
     assert not pull(host, stored).changed
-    judge.check(images=2)
+    # The store keeps the manifest as it came; docker's is converted.
+    judge.check(images=1 if form == "oci" else 2)
     fresh = scratch_host(tmp_path / "fresh")
     assert pull(fresh, stored).image_ids == direct.image_ids
     assert list(fresh.temporary.iterdir()) == []
