@@ -129,7 +129,7 @@ def scripted_skopeo(data: bytes, work_dir: Path) -> Iterator[skopeo.SkopeoSource
         process.wait()
 
     containers = ContainersConfig(
-        work_dir / "policy.json", work_dir / "none", work_dir, work_dir / "none", (), explicit=True
+        work_dir / "policy.json", work_dir / "none", work_dir, (), explicit=True, storage=work_dir / "none"
     )
     reference = ImageReference.parse("docker://registry.example/os:latest")
     with (
