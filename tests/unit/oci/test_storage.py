@@ -21,7 +21,7 @@ from hostimage_testing import stores, tars
 from hostimage_testing.host import ACCEPT_ANYTHING, scratch_host
 from hostimage_testing.layout import Layout
 from hostimage_testing.pulling import check_nothing_named, check_whole, pull
-from hostimaged.composefs.repository import Repository, Sharing, SharingImpossible
+from hostimaged.composefs.repository import How, Repository, Sharing, SharingImpossible, Verity
 from hostimaged.errors import (
     DigestMismatch,
     HostimageError,
@@ -409,6 +409,29 @@ def test_nothing_is_copied_where_files_can_be_linked(host: HostPaths, store: sto
         pytest.skip("files can neither be cloned nor linked below the temporary directory")
     assert {str(how) for how in result.shared} <= {"reflinked", "linked", "present"}
     assert sum(count for count, _ in result.shared.values()) == 4
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
+@pytest.mark.parametrize(("owner", "mode"), [(1000, 0o644), (0, 0o666), (0, 0o664)])
+def test_what_others_may_write_to_is_not_linked(
+    host: HostPaths, store: stores.Store, owner: int, mode: int
+) -> None:
+    """They could change what was verified: only fs-verity would keep them from it."""
+    lower, _ = filled(store)
+    path = store.diff(lower) / "usr/large"
+    os.chown(path, owner, owner)
+    path.chmod(mode)
+    with Repository.ensure(host.repository, verity=Verity.OPPORTUNISTIC)[0] as repository:
+        ways = repository.can_share(store.root / "overlay")
+        secure = repository.secure
+    if ways.reflink or secure:
+        pytest.skip("they have no part in what is cloned, and may not write where fs-verity is")
+    with pytest.raises(SharingImpossible):
+        pull(host, reference(store), sharing=Sharing.REQUIRE)
+    result = pull(host, reference(store))
+    assert result.shared.keys() >= {How.COPIED}
+    assert path.stat().st_nlink == 1
 
 
 # data

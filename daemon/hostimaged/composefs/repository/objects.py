@@ -7,7 +7,9 @@ them calls ``syncfs`` first (``Repository.sync``).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
 from typing import TYPE_CHECKING, Final
 
@@ -110,12 +112,14 @@ class ObjectStore:
         """Make the file open read-only as ``fd``, whose digest the caller has computed, the object ``id_``.
 
         It has another name elsewhere, and gets fs-verity as any object does. Raises ``OSError`` where it
-        cannot be linked, ``VerityMismatch`` where it was changed since its digest was computed.
+        cannot be linked, or somebody else could still write to it; ``VerityMismatch`` where it was changed
+        since its digest was computed.
         """
         present = self._present(id_, size)
         if present:
             return Stored(id_, How.PRESENT)
-        self._policy.protect_in_place(fd, id_)
+        if not self._policy.protect_in_place(fd, id_) and not _is_ours_alone(fd):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         with NewFile.linked(fd, self._base_directory(create=True), prefix=_PREFIX) as named:
             return self._publish(named, id_, size, replace=present is False, how=How.LINKED)
 
@@ -344,3 +348,9 @@ class ObjectWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_ours_alone(fd: int) -> bool:
+    """Whether nobody else may open the file for writing."""
+    status = os.fstat(fd)
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

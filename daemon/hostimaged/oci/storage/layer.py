@@ -48,10 +48,14 @@ class OpenFile(NamedTuple):
 
 
 class Layer:
-    """A layer of ``store``. Opening holds descriptors only; a context manager, for one thread."""
+    """A layer of ``store``. Opening holds descriptors only; a context manager, for one thread.
 
-    def __init__(self, store: Store, layer_id: str) -> None:
+    ``check`` is called while checksums are computed, which may take long, and may raise.
+    """
+
+    def __init__(self, store: Store, layer_id: str, check: Callable[[], None]) -> None:
         self._store = store
+        self._check = check
         self._id = layer_id
         self._lower: list[str] | None = None
         self._tar_split = -1
@@ -93,14 +97,14 @@ class Layer:
             finally:
                 os.close(fd)
 
-    def damaged_files(self, check: Callable[[], None]) -> Iterator[bytes]:
+    def damaged_files(self) -> Iterator[bytes]:
         """Names of the files that do not have the checksum that was made when they were stored."""
         for part in self._entries():
             if isinstance(part, bytes) or part.checksum is None:
                 continue
             fd = self._file(part)
             try:
-                if crc64_file(fd, part.size, check) != part.checksum:
+                if crc64_file(fd, part.size, self._check) != part.checksum:
                     yield part.name
             finally:
                 os.close(fd)
@@ -178,7 +182,7 @@ class Layer:
         # The attribute may not be seen without CAP_SYS_ADMIN. A stub has no blocks, as a file of zeros may.
         if status.st_blocks or status.st_size != entry.size or entry.checksum is None:
             return False
-        return crc64_file(fd, entry.size, lambda: None) != entry.checksum
+        return crc64_file(fd, entry.size, self._check) != entry.checksum
 
     # --- layers below --------------------------------------------------------------------------------------
 

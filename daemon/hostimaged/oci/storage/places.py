@@ -57,8 +57,7 @@ class StorageName:
 def default_roots(environment: Mapping[str, str], system: Path) -> tuple[Path, ...]:
     """Roots of the stores to look into, first to last; not all need exist.
 
-    ``system`` is root's own. Only the first of the own stores that exists counts, then come those that are
-    named as additional ones: the caller tells by trying.
+    ``system`` is root's own; those that are named as additional ones come last.
     """
     found: list[Path] = []
     if root := environment.get("CONTAINERS_STORAGE_ROOT"):

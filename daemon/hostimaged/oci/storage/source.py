@@ -117,11 +117,11 @@ class StorageSource:
         if diff_id not in self._layers:
             raise ImageNotFound(f"{self._reference}: layer {diff_id} is missing from containers-storage")
         store, stored = self._layers[diff_id]
-        with store.reading_layers(), Layer(store, stored.id) as layer:
+        with store.reading_layers(), Layer(store, stored.id, self._check) as layer:
             try:
                 yield UnpackedLayer(layer.parts(), stored.size)
             except DigestMismatch as error:
-                name = next(layer.damaged_files(self._check), None)
+                name = next(layer.damaged_files(), None)
                 if name is None:
                     raise
                 raise DigestMismatch(
