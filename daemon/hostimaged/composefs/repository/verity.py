@@ -117,7 +117,8 @@ class VerityPolicy:
     def protect_in_place(self, fd: int, id_: ObjectId) -> bool:
         """Enable fs-verity on a file of somebody else, open read-only, that is to be an object as it is.
 
-        Says whether it has it: where the repository can do without, its owner may go on writing. Raises ``OSError`` with ETXTBSY where it stays open for writing.
+        Says whether it has it: where the repository can do without, its owner may go on writing. Raises
+        ``OSError`` with ETXTBSY where it stays open for writing.
         """
         if self.unsupported and not self.secure:
             return False
