@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from hostimage_dbus.descriptors import call_for_descriptor
 from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE
 from hostimage_dbus.transport import BusError, Variant
-from hostimage_testing.bus import Bus, Client, Daemon
+from hostimage_testing.bus import Bus, Client, Daemon, eventually
 from hostimage_testing.logind_double import NAME as LOGIND
 from hostimage_testing.logind_double import SYSTEMD, LogindDouble, logind
 from hostimage_testing.polkit_double import Answer, PolkitDouble
@@ -29,12 +29,6 @@ WHAT = ["idle:sleep", "me", "why", "block"]
 def sessions(bus: Bus) -> Iterator[LogindDouble]:
     with logind(bus.address) as double:
         yield double
-
-
-async def eventually(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (another thread's doing)
-            await asyncio.sleep(0.005)
 
 
 # who is logged in
@@ -211,7 +205,7 @@ async def test_a_download_of_a_user_keeps_the_machine_awake(
     go.touch()
     await client.removed(path)
     assert released == [True], "given back before the end was announced"
-    await eventually(lambda: daemon.descriptors() <= before)
+    await daemon.gives_back(before)
 
 
 async def test_a_background_download_does_not(

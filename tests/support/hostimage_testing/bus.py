@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,13 @@ class Daemon:
         assert self.process is not None
         directory = Path(f"/proc/{self.process.pid}/fd")
         return sum(_target(link) not in {"", "anon_inode:inotify"} for link in directory.iterdir())
+
+    async def gives_back(self, descriptors: int) -> None:
+        """Wait until no more than that are open: a scan or a job that is ending still holds some.
+
+        Raises ``TimeoutError`` when that does not come about in ``PATIENCE`` seconds.
+        """
+        await eventually(lambda: self.descriptors() <= descriptors)
 
     def resident(self) -> int:
         """Resident memory in bytes."""
@@ -305,6 +312,13 @@ async def error_of(awaitable: Any) -> BusError:
     except BusError as error:
         return error
     raise AssertionError(f"no error but {result!r}")
+
+
+async def eventually(condition: Callable[[], Any]) -> None:
+    """Wait until that holds of another process or thread; ``TimeoutError`` after ``PATIENCE`` seconds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 (another's doing)
+            await asyncio.sleep(0.005)
 
 
 def _target(link: Path) -> str:
