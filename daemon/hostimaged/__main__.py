@@ -1,4 +1,4 @@
-"""The daemon: ``hostimaged [--root DIR]``; without it, ``hostimaged finalize``, ``boot-check``, ``deploy``.
+"""The daemon: ``hostimaged [--root DIR]``; and what is done without it: ``hostimaged finalize`` and others.
 
 The bus name is taken first; everything that takes time to import comes after it.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: The service subscribes to signals of the bus, and of services that tell of a few properties.
 _LIMITS: Final = Limits(signal=64 << 10)
 #: What is done without the daemon (``hostimaged.host.commands``).
-_COMMANDS: Final = ("finalize", "deploy", "boot-check")
+_COMMANDS: Final = ("finalize", "deploy", "boot-check", "collect")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hostimaged",
         description="Own the composefs repository of this host and serve it over D-Bus.",
-        epilog="Commands without the daemon: finalize, boot-check and deploy; each has a --help of its own.",
+        epilog="Commands without the daemon, each with a --help: finalize, boot-check, deploy, collect.",
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="serve a host made of plain files below DIR")
     parser.add_argument("--version", action="version", version=f"hostimaged {__version__}")

@@ -1,4 +1,4 @@
-"""What is done to a host without the daemon: ``hostimaged finalize`` at shutdown, ``boot-check``, ``deploy``.
+"""Done without the daemon: ``hostimaged finalize`` at shutdown, ``boot-check``, ``deploy`` and ``collect``.
 
 All take the locks that jobs take, and tell failures in one line on standard error.
 """
@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ from hostimaged.errors import HostimageError, from_os_error
 from hostimaged.host import softreboot
 from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
-from hostimaged.host.session import open_session
+from hostimaged.host.session import DEFAULT_LOCK_TIMEOUT, open_session
 from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Phase, Silent
@@ -31,10 +32,14 @@ from hostimaged.system.paths import HostPaths
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from hostimaged.host.collectplan import Rules
+
 #: Seconds: what the unit's five minutes to stop leave after a minute for the work.
 FINALIZE_LOCK_TIMEOUT: Final = 240.0
 #: Seconds: nobody waits for it.
 _BOOT_CHECK_LOCK_TIMEOUT: Final = 60.0
+#: As in the settings file.
+_MAX_DAYS: Final = 36500
 _DISK_UUIDS: Final = Path("/dev/disk/by-uuid")
 _UUID: Final = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
 
@@ -220,7 +225,94 @@ def _find_uuid(esp: Path) -> str:
     return ""
 
 
-def _told(work: Callable[[], dict[str, Any]]) -> int:
+def collect_main(argv: Sequence[str]) -> int:
+    """``hostimaged collect``: exit code 0 also if nothing is removed, else that of the error."""
+    # Not for the finalizer, which has little time.
+    from hostimaged.host.collectplan import Rules
+
+    rules = Rules()
+    parser = argparse.ArgumentParser(
+        prog="hostimaged collect",
+        description="Collect garbage on the disk of a host that does not run.",
+    )
+    parser.add_argument(
+        "--sysroot", type=Path, metavar="DIR", required=True, help="the mounted physical root"
+    )
+    parser.add_argument(
+        "--boot", type=Path, metavar="DIR", help="the mounted boot directory of GRUB (default: SYSROOT/boot)"
+    )
+    parser.add_argument(
+        "--esp", type=Path, metavar="DIR", help="the mounted EFI system partition (default: BOOT/efi)"
+    )
+    parser.add_argument(
+        "--bootloader",
+        choices=[str(each) for each in Bootloader],
+        help="whose boot entries count (default: those that are there)",
+    )
+    parser.add_argument(
+        "--keep-pulled",
+        type=_days,
+        default=rules.keep_pulled,
+        metavar="DAYS",
+        help="how long images stay that were pulled and not deployed (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    parser.add_argument(
+        "--lock-timeout",
+        type=float,
+        default=DEFAULT_LOCK_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for other programs (default: %(default)s)",
+    )
+    arguments = parser.parse_args(argv)
+    return _told(
+        lambda: _collect(arguments, replace(rules, keep_pulled=arguments.keep_pulled)), tell=_tell_collected
+    )
+
+
+def _days(text: str) -> int:
+    """Raises ``ValueError``, which is told as wrong usage."""
+    days = int(text)
+    if not 0 <= days <= _MAX_DAYS:
+        raise ValueError(text)
+    return days
+
+
+def _collect(arguments: argparse.Namespace, rules: Rules) -> dict[str, Any]:
+    from hostimaged.host.offline import collect_offline, refuse_running
+
+    sysroot = arguments.sysroot.absolute()
+    refuse_running(sysroot, HostPaths.live())
+    boot = sysroot / "boot" if arguments.boot is None else arguments.boot.absolute()
+    esp = boot / "efi" if arguments.esp is None else arguments.esp.absolute()
+    paths = HostPaths.target(sysroot, boot, esp)
+    if not arguments.dry_run:
+        # Not before it is known to be the root of a host: nothing is left where there is none.
+        if not paths.repository.is_dir():
+            raise RepositoryMissing(path=paths.repository)
+        _make_run_directory(paths)
+    return collect_offline(
+        paths,
+        rules,
+        bootloader=None if arguments.bootloader is None else Bootloader(arguments.bootloader),
+        lock_timeout=arguments.lock_timeout,
+        preview=arguments.dry_run,
+        reporter=Silent(),
+    )
+
+
+def _tell_collected(result: dict[str, Any]) -> None:
+    for reason in result.get("reasons", ()):
+        print(f"hostimaged: {reason}", file=sys.stderr)
+    keys = ("objects-removed", "objects-bytes", "boot-bytes", "deployments-kept")
+    print(" ".join([result["result"], *(f"{key}={result[key]}" for key in keys if key in result)]))
+
+
+def _tell(result: dict[str, Any]) -> None:
+    print(" ".join(str(result[key]) for key in ("result", "deployment") if key in result))
+
+
+def _told(work: Callable[[], dict[str, Any]], tell: Callable[[dict[str, Any]], None] = _tell) -> int:
     try:
         result = work()
     except HostimageError as error:
@@ -228,5 +320,5 @@ def _told(work: Callable[[], dict[str, Any]]) -> int:
         if error.hint:
             print(f"hostimaged: {error.hint}", file=sys.stderr)
         return error.exit_code
-    print(" ".join(str(result[key]) for key in ("result", "deployment") if key in result))
+    tell(result)
     return 0
