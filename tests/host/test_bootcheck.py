@@ -95,7 +95,16 @@ def test_what_was_not_activated_is_told_with_its_cause(host: RecordedHost, said:
     assert host.entries_staged.exists()
     found = check(host, lambda: said)
     assert (found["result"], found["deployment"]) == ("not-activated", life.staged.id)
-    assert found["message"].endswith(said or "stage it again")
+    assert f"hostimagectl stage {life.staged.image.manifest_digest}" in found["message"]
+    assert found["message"].endswith(said)
+
+
+def test_where_the_image_is_not_known_the_newest_is_offered(host: RecordedHost) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    assert host.reboot() == life.booted.id
+    host.origin(life.staged).unlink()
+    assert check(host)["message"].endswith("hostimagectl upgrade")
 
 
 def test_an_activation_that_was_cut_short_is_as_expected(host: RecordedHost) -> None:

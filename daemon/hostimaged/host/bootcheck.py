@@ -117,6 +117,12 @@ def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId,
         # After an activation that was cut short the old menu is there instead: its first is a known one.
         target = next(iter(staged.ids), None)
         if target is not None and (live is None or target not in live.ids):
-            text = f"deployment {target} was staged, but not activated at the last shutdown; stage it again"
+            row = state.find(target)
+            digest = None if row is None else row.manifest_digest
+            again = "upgrade" if digest is None else f"stage {digest}"
+            text = (
+                f"deployment {target} was staged, but not activated at the last shutdown; to stage it again: "
+                f"hostimagectl {again}"
+            )
             return target, "not-activated", text
     return None
