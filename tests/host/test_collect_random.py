@@ -25,6 +25,7 @@ from hostimage_testing.hosts import Deployment, Era, Kind, Loader, RecordedHost
 from hostimage_testing.judge import Judge
 from hostimage_testing.operating import session
 from hostimage_testing.os_images import OsImage, Recipe
+from hostimage_testing.walk import Snapshot, mounted, snapshot
 from hostimaged.composefs import fsverity
 from hostimaged.composefs.erofs import Image
 from hostimaged.composefs.repository import Repository
@@ -319,8 +320,10 @@ def _check(made: Made, cfsctl: str) -> None:
         return
     there = objects(host.repository)
     assert whys(host, mix(set(there), 6)) == {name: name in live for name in mix(set(there), 6)}
+    seen = _walked(made)
     done = collected(host)
     assert done["result"] in ("collected", "nothing")
+    assert _walked(made) == seen
     left = objects(host.repository)
     assert left.keys() == live & there.keys()
     assert (left.keys() == there.keys()) == (done["objects-removed"] == 0)
@@ -329,6 +332,22 @@ def _check(made: Made, cfsctl: str) -> None:
     assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
     assert told(host)["result"] == "nothing"
     _judge(made, cfsctl)
+
+
+def _walked(made: Made) -> dict[str, Snapshot]:
+    """What the kernel shows of each image that stays, content and all; only root may mount."""
+    if os.geteuid() != 0:
+        return {}
+    seen = {}
+    for id_ in {made.images[number].id for number in made.kept}:
+        with (
+            tempfile.TemporaryDirectory(dir=made.host.root.parent) as directory,
+            mounted(
+                made.host.repository / "images" / id_, made.host.repository / "objects", Path(directory)
+            ) as merged,
+        ):
+            seen[id_] = snapshot(merged)
+    return seen
 
 
 def _judge(made: Made, cfsctl: str) -> None:
