@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostimage_testing import bootable, debian_root, machine
+from hostimage_testing import bootable, debian_root, emulator
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
 INSTALL_LIMIT = 1500.0
@@ -80,7 +80,7 @@ def prepare(directory: Path, cache: Path) -> Installed:
     require("mkfs.ext4")
     require("qemu-img")
     require("qemu-system-x86_64")
-    machine.firmware()
+    emulator.firmware()
     base = cache / "bootable.tar"
     if not base.exists():
         debian_root.bootstrap(base, bootable.PACKAGES)
@@ -136,7 +136,7 @@ def _install(made: bootable.Bootable, target: Path, directory: Path) -> None:
     disk, console = target / "disk.qcow2", directory / "console"
     subprocess.run([require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"], check=True)
     argv = [
-        require("qemu-system-x86_64"), *machine.EMULATOR,
+        require("qemu-system-x86_64"), *emulator.EMULATOR,
         "-kernel", made.kernel, "-initrd", made.initramfs,
         "-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/usr/sbin/install-guest",
         "-drive", f"file={system},format=raw,if=virtio,cache=unsafe",
