@@ -128,12 +128,15 @@ _LOOK: Final = (
         parameters=(Parameter("o", "other", means="deployment"),),
     ),
     JobCommand(
-        name="explain",
+        name="why",
         group="look",
         member="Explain",
-        summary="tell why an object, image or stream is kept",
+        summary="tell why a deployment, image, stream or object is kept",
         arguments=(
-            Argument(("what",), {"metavar": "WHAT", "help": "an object's id, an image, a stream's name"}),
+            Argument(
+                ("what",),
+                {"metavar": "WHAT", "help": "a deployment, an image, a stream's name, an object's id"},
+            ),
         ),
         parameters=(Parameter("s", "what"),),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimagectl.output import ABSENT, PROGRAM, number_of, text_of
+from hostimagectl.output import ABSENT, PROGRAM, number_of, size, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _STATES: Final = {
     "pinned": "pinned",
     "locked": "download only",
 }
-_HEADINGS: Final = ("deployment", "state", "version", "made", "digest", "image")
+_HEADINGS: Final = ("deployment", "state", "version", "made", "frees", "digest", "image")
 #: What is unusual about a host, by the key in the status document that says so.
 _NOTES: Final = {
     "soft-rebooted": "the kernel was started for another deployment: this one came by a soft reboot",
@@ -66,6 +66,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         ", ".join(states) or ABSENT,
         text_of(row.get("version")) or ABSENT,
         _date(number_of(row.get("timestamp"))),
+        size(freed) if (freed := number_of(row.get("size-exclusive"))) else ABSENT,
         short_digest(text_of(row.get("image-digest"))) or ABSENT,
         text_of(row.get("image")) or ABSENT,
     )

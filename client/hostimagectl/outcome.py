@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Final
 
-from hostimage_dbus.errors import EXIT_OK, ErrorName
+from hostimage_dbus.errors import EXIT_CODES, EXIT_OK, ErrorName
 from hostimagectl import difference, progress
 from hostimagectl.failure import Failure, Interrupted
 from hostimagectl.follow import Follower
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from hostimagectl.output import Console
     from hostimagectl.service import Service
+
+#: Parts of results that are JSON lists, by kind of the jobs that look for damage.
+_DOCUMENTS: Final = {"verify": ("findings",), "repair": ("images", "left")}
 
 
 async def carry_out(
@@ -56,7 +60,12 @@ def report(job: Job, console: Console, *, cancel_requested: bool, quiet_key: str
             console.line(shown)
     elif not console.as_json:
         print_result(job, console)
-    return EXIT_OK
+    return EXIT_CODES[ErrorName.CORRUPT_REPOSITORY] if _tells_of_damage(job) else EXIT_OK
+
+
+def _tells_of_damage(job: Job) -> bool:
+    """Whether something that is needed is damaged, or would be: a job that says so has not failed."""
+    return job.kind in _DOCUMENTS and job.result.get("ok") is False
 
 
 def failure_of(job: Job) -> Failure | None:
@@ -100,7 +109,19 @@ def _print_json(job: Job, console: Console, *, failure: Failure | None) -> None:
 def _result(job: Job) -> dict[str, object]:
     """The result as it came, but for a document in it, which is part of ours then."""
     document = difference.document_of(job.result)
-    return dict(job.result) if document is None else {**job.result, difference.KEY: document}
+    if document is not None:
+        return {**job.result, difference.KEY: document}
+    lists = {key: parsed for key in _DOCUMENTS.get(job.kind, ()) if (parsed := _list(job.result.get(key)))}
+    return {**job.result, **lists}
+
+
+def _list(value: object) -> list[object]:
+    """The list in a JSON text; [] if there is none."""
+    try:
+        parsed = json.loads(text_of(value))
+    except (ValueError, RecursionError):
+        return []
+    return parsed if isinstance(parsed, list) else []
 
 
 def _farewell(path: str | None) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from hostimagectl import difference
 from hostimagectl.deployments import called, short
+from hostimagectl.garbage import print_garbage
 from hostimagectl.output import PROGRAM, number_of, printable, size, text_of, timestamp
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 #: The first line about a job that is done, by kind, if its result has no word for it; ``{}`` is its target.
 _DONE: Final = {
     "check": "checked {}",
-    "collect": "collected garbage",
     "verify": "verified the repository",
     "repair": "repaired the repository",
 }
@@ -45,7 +45,7 @@ _WORDS: Final = {
 }
 _LOCKED: Final = f"downloaded {{}}: it waits for '{PROGRAM} upgrade --from-downloaded'"
 #: What a person is told of such a result besides; JSON has all of it.
-_SHOWN: Final = ("image", "manifest-digest", "kernel-arguments")
+_SHOWN: Final = ("image", "manifest-digest", "kernel-arguments", "soft-reboot")
 #: Changes of the host's own that the shutdown carries over to what is staged, as they are now.
 _ETC: Final = ("etc-added", "etc-modified", "etc-removed")
 _LABELS: Final = {"manifest-digest": "Manifest", "config-digest": "Config", "image-ids": "Image ids"}
@@ -62,6 +62,9 @@ def print_result(job: Job, console: Console) -> None:
         _print_pull(job, console)
         return
     if _print_words(job, console):
+        return
+    if job.kind == "collect":
+        print_garbage(job.result, console)
         return
     if (document := difference.document_of(job.result)) is not None:
         for line in difference.lines(document):

@@ -5,10 +5,15 @@ The bus name is taken first; everything that takes time to import comes after it
 
 from __future__ import annotations
 
+import sys
+
+# ruff: noqa: E402
+# asyncio takes it where it is there, and it takes 2 MB: this daemon encrypts nothing.
+sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
+
 import argparse
 import asyncio
 import signal
-import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -131,7 +136,9 @@ def _prepare(
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
     from hostimaged.bus.service import Service
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.jobs.history import History
     from hostimaged.jobs.process import WorkerSettings
 
@@ -143,10 +150,14 @@ def _prepare(
     history.load()
     holds = Holds(paths.holds_file, boot_id)
     holds.load()
+    sizes = Sizes(paths.sizes_file, boot_id)
+    sizes.load()
     updates = Updates(paths.updates_file, boot_id)
     updates.load()
     policy = Policy(paths)
     policy.load()
+    verified = Verified(paths.verified_file, boot_id)
+    verified.load()
 
     def make(
         connection: Connection, tasks: asyncio.TaskGroup, calls: asyncio.TaskGroup, notifier: Notifier
@@ -165,6 +176,8 @@ def _prepare(
             updates=updates,
             policy=policy,
             boot_failure=read_boot_failure(paths.boot_file, boot_id),
+            sizes=sizes,
+            verified=verified,
             boot_id=boot_id,
             workers=WorkerSettings(root=paths.scratch_root),
             notifier=notifier,

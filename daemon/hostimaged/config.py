@@ -31,8 +31,9 @@ class Settings(BaseModel):
     ``tracked_image``: the image that is meant where a call names none and no deployment tells. ``verity``:
     whether a new repository may be on a file system without fs-verity. ``lock_timeout``: seconds a job waits
     for a lock. ``max_live_entries``: deployments in the boot menu; beyond two, pinned ones get an entry, and
-    bootc refuses to roll back. ``update_policy``: how far updates go without being asked, until somebody
-    chooses (SetUpdatePolicy).
+    bootc refuses to roll back. ``keep_pulled``: days that a pulled image stays which is not that to follow.
+    ``minimum_free``: MiB on the file system of the repository; where less is free, such an image goes before.
+    ``update_policy``: how far updates go without being asked, until somebody chooses (SetUpdatePolicy).
     """
 
     model_config = ConfigDict(
@@ -48,6 +49,8 @@ class Settings(BaseModel):
     log_level: LogLevel = "info"
     #: Entries of the boot menu: bootc's rollback insists on two.
     max_live_entries: int = Field(default=2, ge=2, le=10)
+    keep_pulled: int = Field(default=30, ge=0, le=36500)
+    minimum_free: int = Field(default=0, ge=0, le=1 << 32)
     update_policy: Literal["none", "check", "download", "stage"] = "none"
 
 

@@ -61,7 +61,16 @@ class Ours(Program):
         return [sys.executable, "-P", str(HERE / "image_once.py"), str(root)]
 
     def fsck(self, root: Path) -> list[str]:
-        return [sys.executable, "-P", "-m", "hostimaged.composefs", "fsck", str(root / "sysroot/composefs")]
+        return self._tool(root, "fsck")
+
+    def gc(self, root: Path, *options: str) -> list[str]:
+        return self._tool(root, "gc", *options)
+
+    def _tool(self, root: Path, *arguments: str) -> list[str]:
+        return [sys.executable, "-P", "-m", "hostimaged.composefs", *arguments, str(self.repository(root))]
+
+    def repository(self, root: Path) -> Path:
+        return root / "sysroot/composefs"
 
 
 class Theirs(Program):
@@ -85,6 +94,12 @@ class Theirs(Program):
 
     def fsck(self, root: Path) -> list[str]:
         return self._command(root, "fsck")
+
+    def gc(self, root: Path, *options: str) -> list[str]:
+        return self._command(root, "gc", *options)
+
+    def repository(self, root: Path) -> Path:
+        return root / "repository"
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,10 @@ def scenarios(registry: Callable[[str], str]) -> Iterator[Scenario]:
         yield Scenario(f"EROFS image, {name}", image, image, "image")
     for algorithm in Algorithm:
         yield Scenario(f"fsck, Debian, {algorithm.label}", eight, eight, "fsck", algorithm)
+    for count in SMALL_FILES:
+        image = lambda m, n=count: f"oci:{m.small(n)}:image"  # noqa: E731
+        yield Scenario(f"gc, nothing, {count} files", image, image, "gc --dry-run")
+        yield Scenario(f"gc, everything, {count} files", image, image, "gc")
 
 
 class Bench:
@@ -180,6 +199,11 @@ class Bench:
     def _argv(program: Ours | Theirs, scenario: Scenario, root: Path, image: str) -> list[str]:
         if scenario.do == "image":
             return program.image(root)
+        if scenario.do == "gc":
+            # Nothing is referred to any more.
+            shutil.rmtree(program.repository(root) / "streams/refs")
+        if scenario.do.startswith("gc"):
+            return program.gc(root, *scenario.do.split()[1:])
         return program.fsck(root) if scenario.do == "fsck" else program.pull(root, image)
 
 

@@ -17,7 +17,7 @@ from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, ROOT_PATH
 from hostimage_testing.bus import PATIENCE, Bus, Client, Daemon, connected, ended, error_of, now, steps_until
 from hostimage_testing.polkit_double import Answer, PolkitDouble
-from hostimage_testing.users import NEEDS_ROOT, user
+from hostimage_testing.users import needs_root, user
 
 
 async def _running(daemon: Daemon, client: Client, *steps: object) -> tuple[str, int]:
@@ -135,8 +135,7 @@ async def test_stopping_cancels_jobs_and_says_so(daemon: Daemon, client: Client,
     assert json.loads((daemon.root / "run/hostimaged/jobs.json").read_text())["active"] == []
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_an_open_dialog_does_not_keep_it_from_stopping(
     daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
 ) -> None:

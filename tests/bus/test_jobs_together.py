@@ -18,7 +18,7 @@ from hostimage_dbus.names import (
 )
 from hostimage_testing.bus import Bus, Client, Daemon, connected, ended, error_of, steps_until
 from hostimage_testing.polkit_double import Answer, PolkitDouble
-from hostimage_testing.users import NEEDS_ROOT, SOMEBODY, user
+from hostimage_testing.users import SOMEBODY, needs_root, user
 
 
 async def _running(client: Client, path: str) -> None:
@@ -141,8 +141,7 @@ async def test_checks_run_beside_a_pull(daemon: Daemon, client: Client, tmp_path
     await client.removed(pulling)
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_a_user_withdraws_without_polkit_and_others_need_it(
     daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
 ) -> None:
@@ -171,8 +170,7 @@ async def test_a_user_withdraws_without_polkit_and_others_need_it(
         assert (await client.removed(path))[3] == "cancelled"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_polkit_is_told_which_deployment_a_cancelled_job_is_about(
     daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
 ) -> None:
@@ -190,8 +188,7 @@ async def test_polkit_is_told_which_deployment_a_cancelled_job_is_about(
         assert check.details == {"operation": "cancel", "deployment": one}
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_whoever_may_cancel_does_it_for_all(
     daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
 ) -> None:
@@ -204,8 +201,7 @@ async def test_whoever_may_cancel_does_it_for_all(
     assert (await client.removed(path))[3] == "cancelled"
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_a_job_that_ended_during_the_dialog_is_not_cancelled(
     daemon: Daemon, bus: Bus, client: Client, tmp_path: Path
 ) -> None:

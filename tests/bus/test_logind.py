@@ -14,7 +14,8 @@ from hostimage_dbus.descriptors import call_for_descriptor
 from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE
 from hostimage_dbus.transport import BusError, Variant
 from hostimage_testing.bus import Bus, Client, Daemon
-from hostimage_testing.logind_double import LogindDouble, logind
+from hostimage_testing.logind_double import NAME as LOGIND
+from hostimage_testing.logind_double import SYSTEMD, LogindDouble, logind
 from hostimage_testing.polkit_double import Answer, PolkitDouble
 from hostimage_testing.users import NEEDS_ROOT, NOBODY, user
 from hostimaged.jobs.inhibitors import DOWNLOAD, STAGING
@@ -81,6 +82,34 @@ async def test_a_reboot_is_authorised_as_logind_does(
         assert await person.manager("Rollback", "a{sv}", {"apply": Variant("s", "reboot")})
         reboot = "org.freedesktop.login1.reboot" + ("-multiple-sessions" if others else "")
         assert [check.action for check in polkit.checks][1] == reboot
+
+
+# reboots
+
+_ERROR = "org.freedesktop.DBus.Error."
+SOFT = ("RebootWithFlags", (4,))
+UNIT = ("StartUnit", ("soft-reboot.target", "replace-irreversibly"))
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "calls"),
+    [
+        ((LOGIND, SYSTEMD), "", [SOFT]),
+        ((LOGIND, SYSTEMD), "UnknownMethod", [SOFT, UNIT]),
+        ((LOGIND, SYSTEMD), "InvalidArgs", [SOFT, UNIT]),
+        # Somebody keeps the machine from it: that is not passed over.
+        ((LOGIND, SYSTEMD), "AccessDenied", [SOFT]),
+        ((SYSTEMD,), "", [UNIT]),
+        ((LOGIND,), "UnknownMethod", [SOFT]),
+    ],
+)
+async def test_a_soft_reboot(
+    bus: Bus, client: Client, names: tuple[str, ...], error: str, calls: list[tuple[str, tuple[Any, ...]]]
+) -> None:
+    with logind(bus.address, *names) as double:
+        double.soft_reboot = error and _ERROR + error
+        await Logind(client.connection, bus.address).soft_reboot()
+        assert double.calls == calls
 
 
 # locks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import sys
@@ -26,11 +27,13 @@ from hostimage_testing.host import scratch_host
 from hostimaged.bus.holds import Holds
 from hostimaged.bus.policy import Policy
 from hostimaged.bus.service import Service
+from hostimaged.bus.sizes import Sizes
 from hostimaged.bus.updates import Updates
+from hostimaged.bus.verified import Verified
 from hostimaged.config import Settings
 from hostimaged.jobs.history import History
 from hostimaged.jobs.process import COMMAND, WorkerSettings
-from hostimaged.system import units
+from hostimaged.system import syscalls, units
 from hostimaged.system.notify import Notifier
 from hostimaged.system.paths import HostPaths
 
@@ -110,6 +113,8 @@ async def serving(
             updates=Updates(root / "run/hostimaged/check.json", "boot"),
             policy=Policy(HostPaths.scratch(root)),
             boot_failure=None,
+            sizes=Sizes(root / "run/hostimaged/sizes.json", "boot"),
+            verified=Verified(root / "run/hostimaged/verified.json", "boot"),
             notifier=Notifier({}),
             history=History(root / "run/hostimaged/jobs.json", "boot"),
             boot_id="boot",
@@ -150,6 +155,25 @@ async def test_a_job_tells_the_unit_of_its_initiator(
     await client.removed(path)
     expected = {"uid": os.getuid(), "unit": "it.service", "client-id": "me"}
     assert (await client.job(path))["Initiator"] == expected
+
+
+async def test_what_cannot_be_watched_is_a_problem(
+    bus: Bus,
+    tmp_path: Path,
+    interfaces: dict[str, Interface],
+    client: Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_left() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(syscalls, "inotify_init", none_left)
+    async with serving(bus, tmp_path / "root", interfaces, sys.executable, "-P", str(WORKER)):
+        problems = (await client.status())["problems"]
+        found = [(row["severity"], row["text"]) for row in problems if row["id"] == "watch"]
+        told = (await client.properties(ROOT_PATH, MANAGER_INTERFACE))["Problems"]
+    assert found == [("warning", "what other programs change is noticed late: Too many open files")]
+    assert ["watch", *found[0]] in told
 
 
 @pytest.mark.interop

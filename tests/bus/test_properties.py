@@ -25,7 +25,7 @@ from hostimage_dbus.names import (
 )
 from hostimage_dbus.transport import Variant
 from hostimage_testing.bus import PROPERTIES, Bus, Client, Daemon, error_of
-from hostimage_testing.users import NEEDS_ROOT, user
+from hostimage_testing.users import needs_root, user
 
 SCHEMA = json.loads(resources.files("hostimage_dbus").joinpath("status.schema.json").read_text())
 DIGEST = {name: "sha256:" + name * 64 for name in "abc"}
@@ -475,8 +475,7 @@ async def test_what_cannot_be_set(
     assert (await error_of(set_log(client, name, value))).name == error
 
 
-@pytest.mark.root
-@pytest.mark.skipif(*NEEDS_ROOT[1].args, reason="becoming another user needs root")
+@needs_root
 async def test_only_root_sets_the_level(daemon: Daemon, bus: Bus, client: Client) -> None:
     await daemon.start()
     async with user(bus) as nobody:

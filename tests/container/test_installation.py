@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from hostimage_dbus.names import BUS_NAME
 from hostimage_testing.container import Container
 from hostimage_testing.debian_root import USER
-from hostimage_testing.wheel import SHARED_DATA
+from hostimage_testing.wheel import SCRIPTS, SHARED_DATA
 
 PROGRAMS = {"bin/hostimaged", "bin/hostimagectl"}
 PACKAGES = "lib/python3/dist-packages"
@@ -35,7 +35,7 @@ def test_every_file_is_at_its_place(root: Path) -> None:
         status = (root / "usr" / name).lstat()
         assert stat.S_ISREG(status.st_mode), name
         assert (status.st_uid, status.st_gid) == (0, 0), name
-        assert stat.S_IMODE(status.st_mode) == (0o755 if name in PROGRAMS else 0o644), name
+        assert stat.S_IMODE(status.st_mode) == (0o755 if name in PROGRAMS | SCRIPTS else 0o644), name
 
 
 def _normal(name: str) -> str:

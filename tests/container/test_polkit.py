@@ -29,7 +29,7 @@ COMMANDS = {
     "check": (OK, ASKS),
     "pull": (OK, ASKS),
     "upgrade --unified": (UNBUILT, ASKS),
-    "gc --dry-run": (UNBUILT, ASKS),
+    "gc --dry-run": (OK, ASKS),
     f"check {OTHER}": (ASKS, ASKS),
     f"pull {OTHER}": (ASKS, ASKS),
     "pull --retry-failed": (ASKS, ASKS),

@@ -89,6 +89,7 @@ class Demo:
         self._deploy(image)
         self._upgrade()
         self._roll_back()
+        self._collect()
         heading("The end")
         status = self._status()
         self._check("no problems, nothing left running", status["problems"] == [] and status["jobs"] == [])
@@ -180,6 +181,28 @@ class Demo:
         status = self._status()
         self._check("version 1 runs again", _version(status, "booted") == "1")
         self._check("version 2 is what could be gone to", _version(status, "is-rollback") == "2")
+
+    def _collect(self) -> None:
+        heading("A third version is pulled, so the second is only kept for going to")
+        self._publish("3")
+        self._programs.ctl("pull")
+        self._programs.ctl("gc", "--dry-run")
+        self._programs.ctl("gc")
+        self._programs.ctl("why", "rollback")
+        told = self._programs.json("why", "rollback")["result"]
+
+        heading("Delete it, and collect what only it needed")
+        before = self._objects()
+        self._programs.ctl("delete", "rollback")
+        self._programs.ctl("gc")
+        freed = before - self._objects()
+        print(f"  {freed} of {before} objects are gone, {told['objects-freed']} were announced")
+        self._check("what was announced is gone, and nothing else", freed == told["objects-freed"] > 0)
+        status = self._status()
+        self._check("version 1 still runs, alone", _version(status, "booted") == "1")
+
+    def _objects(self) -> int:
+        return sum(1 for _ in (self._scratch.repository / "objects").glob("??/*"))
 
     def _reboot(self, title: str) -> None:
         heading(title)

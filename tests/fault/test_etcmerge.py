@@ -30,19 +30,6 @@ MERGE_POINTS = (
     "etc-merge.exchanged",
 )  # fmt: skip
 SEED_POINTS = ("etc-seed.write", "etc-seed.made", "etc-seed.named")
-#: Changes of the file system that ``Disk`` does not know, as only trees with metadata need them.
-MORE_CHANGES = (
-    "fchown",
-    "chown",
-    "chmod",
-    "setxattr",
-    "utime",
-    "mknod",
-    "rmdir",
-    "copy_file_range",
-    "ftruncate",
-)
-
 USER = {"user.note": b"1"}
 PRISTINE = etctrees.tree({
     "conf": etctrees.file("old"), "d/x": etctrees.file("x"), "d/y": etctrees.file("y"),
@@ -66,10 +53,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     # Steps like others, but nothing is gained by doing them thousands of times.
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(syscalls, "syncfs", lambda fd: None)
-    made = Disk(monkeypatch)
+    made = Disk(monkeypatch, trees=True)
     made.install()
-    for name in MORE_CHANGES:
-        monkeypatch.setattr(os, name, made._failing(getattr(os, name)))
     return made
 
 

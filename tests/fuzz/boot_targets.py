@@ -47,7 +47,10 @@ def menu(data: bytes) -> None:
         assert "/" not in item.artifact()
         assert item.deployment_id() is None or str(item.deployment_id()) in item.chainloader
     with contextlib.suppress(BootLoaderError):
-        assert grubcfg.parse_user_cfg(grubcfg.serialise_user_cfg(found)) == found
+        around = grubcfg.parse_surroundings(data)
+        written = grubcfg.serialise_user_cfg(found, around)
+        assert grubcfg.parse_user_cfg(written) == found
+        assert not found or grubcfg.parse_surroundings(written) == around
     uuid = grubcfg.parse_efiuuid(data)
     if uuid is not None:
         assert grubcfg.parse_efiuuid(grubcfg.serialise_efiuuid(uuid)) == uuid

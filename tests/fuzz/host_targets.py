@@ -61,7 +61,9 @@ def facts(data: bytes) -> None:
 def setup_root(data: bytes) -> None:
     """The configuration of the initramfs; as nobody else reads it, it is read twice."""
     found = SetupRoot.parse(data)
-    text = f"etc.mount = '{found.etc}'\nvar.mount = '{found.var}'\nroot.transient = {found.transient_root}"
+    text = f"etc.mount = '{found.etc}'\nroot.transient = {found.transient_root}\n"
+    if found.var_given:
+        text += f"var.mount = '{found.var}'\n"
     assert SetupRoot.parse(text.lower().encode()) == found
 
 

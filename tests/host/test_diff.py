@@ -13,7 +13,7 @@ from hostimage_testing.recorded import paths_of
 from hostimaged.composefs.repository import Repository
 from hostimaged.errors import Cancelled, ImageNotFound, NoSuchDeployment, PreconditionFailed
 from hostimaged.host import diff as module
-from hostimaged.host.diff import MAX_RESULT, diff, render
+from hostimaged.host.diff import MAX_RESULT, Both, diff, render
 from hostimaged.host.read import read_host
 from hostimaged.ids import DeploymentId
 from hostimaged.progress import Silent
@@ -28,8 +28,8 @@ EXTRA = "Package: new\nStatus: install ok installed\nArchitecture: all\nVersion:
 def compared(host: RecordedHost, old: str, new: str, reporter: Silent | None = None) -> dict[str, Any]:
     paths = paths_of(host)
     with Repository.open_unlocked(paths.repository) as repository:
-        state = read_host(paths, repository)
-        return diff(repository, state, DeploymentId(old), DeploymentId(new), reporter or Silent())
+        both = Both.read(read_host(paths, repository), DeploymentId(old), DeploymentId(new))
+        return diff(repository, both, reporter or Silent())
 
 
 def two(host: RecordedHost, old: Recipe, new: Recipe) -> tuple[str, str]:

@@ -158,6 +158,30 @@ def _check(host: RecordedHost, life: Life, cfsctl: str, *, again: bool) -> None:
     assert Bootc(host.root, cfsctl, host.images).accepts() == []
 
 
+@pytest.mark.parametrize("point", ["etc-merge.built", "etc-merge.exchanged", "finalize.merged"])
+def test_a_merge_is_forgotten_when_bootc_rolls_back_in_its_middle(
+    host: RecordedHost, cfsctl: str, point: str
+) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    (host.root / "etc/hostname").write_text("mine\n")
+    counting = At(-1)
+    other = host.copy(host.root.with_name("other"))
+    with session(other, counting) as opened:
+        finalize(opened)
+    with pytest.raises(Crash), session(host, At(counting.points.index(point))) as opened:
+        finalize(opened)
+    Bootc(host.root, cfsctl, host.images).rollback()
+    first = host.menu()[0].text
+    with session(host) as opened:
+        reorder.begin(opened)
+    assert host.menu()[0].text == first
+    # Its state may be left to the collector, but as it was made.
+    if host.state(life.staged).exists():
+        assert not list(host.state(life.staged).glob(".etc*"))
+        assert (host.state(life.staged) / "etc/hostname").read_text() == "image\n"
+
+
 def test_a_deployment_that_would_not_start_is_not_activated(host: RecordedHost) -> None:
     life = staged(host)
     assert life.staged is not None

@@ -36,6 +36,7 @@ from hostimage_testing.os_images import OsImage, Recipe
 from hostimage_testing.recorded import paths_of, problems_of, state_of
 from hostimaged.errors import HostimageError
 from hostimaged.host import finalize, pins, recover, reorder, stage
+from hostimaged.host.collect import collect
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.model import HostState, ProblemId
 from hostimaged.host.session import Session, open_session
@@ -247,6 +248,25 @@ class HostMachine(RuleBasedStateMachine):
             path for path in self.host.root.rglob("*") if path.name.startswith((".tmp", ".hostimaged"))
         ]
         assert not temporary
+
+    @rule()
+    def collect(self) -> None:
+        """Nothing of the menu goes, as the invariants say, and a second time there is nothing to do."""
+        before = {str(row.id) for row in self._state().visible}
+        done = self._run(collect)
+        assert done is not None
+        assert {str(row.id) for row in self._state().visible} == before
+        if done["result"] == "kept":
+            assert done["reasons"]
+            return
+        again = self._run(collect)
+        assert again is not None
+        assert again["result"] == "nothing"
+
+    @rule(crash=st.integers(0, 400))
+    def crash_while_collecting(self, crash: int) -> None:
+        """A collection is killed at any of its steps."""
+        self._run(collect, crash)
 
     # bootc in between
 

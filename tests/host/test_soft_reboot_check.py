@@ -9,7 +9,7 @@ import pytest
 from hostimage_testing.hosts import OPTIONS, Deployment, Kind, Loader, RecordedHost
 from hostimage_testing.os_images import Recipe
 from hostimage_testing.recorded import paths_of, row_of, state_of
-from hostimaged.errors import NotSupported
+from hostimaged.errors import PreconditionFailed
 from hostimaged.host.model import SoftReboot
 from hostimaged.host.softcheck import policy_digest, require_systemd
 
@@ -122,7 +122,7 @@ def test_a_type_that_leads_elsewhere_is_none() -> None:
 
 def test_systemd_must_know_soft_reboots(make: MakeHost) -> None:
     host = make()
-    with pytest.raises(NotSupported, match="254"):
+    with pytest.raises(PreconditionFailed, match="254"):
         require_systemd(paths_of(host).usr)
     target = host.root / "usr/lib/systemd/system/soft-reboot.target"
     target.parent.mkdir(parents=True)

@@ -10,11 +10,12 @@ import pytest
 from bootc_model import Bootc
 
 from hostimage_testing.disk import Crash
-from hostimage_testing.hosts import KINDS, Era, Kind, RecordedHost
+from hostimage_testing.hosts import KINDS, Era, Kind, Loader, RecordedHost
 from hostimage_testing.lives import installed, staged, upgraded
 from hostimage_testing.operating import At, session
 from hostimage_testing.os_images import OsImage, Recipe
-from hostimaged.errors import Cancelled, NoSpace, NothingStaged, PreconditionFailed
+from hostimaged.composefs.repository import Repository
+from hostimaged.errors import BootLoaderError, Cancelled, NoSpace, NothingStaged, PreconditionFailed
 from hostimaged.host import space
 from hostimaged.host import stage as module
 from hostimaged.host.etcplan import EtcConflict
@@ -24,6 +25,8 @@ from hostimaged.host.origin import Origin
 from hostimaged.host.reorder import begin, rollback
 from hostimaged.host.stage import StageRequest, stage, unlock, unstage
 from hostimaged.ids import ManifestDigest
+from hostimaged.oci import images
+from hostimaged.oci.images import StoredImage
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
@@ -204,6 +207,51 @@ def test_a_reference_to_the_same_image_stays_as_it_was_written(
     for result in ("staged", "already-staged"):
         assert do(host, image, reference=asked) == result
         assert Origin.parse(host.origin(image.id).read_bytes(), "origin").reference == expected
+
+
+@pytest.mark.parametrize("kind", [KINDS[2]], ids=str)
+def test_r12_the_image_is_opened_once(host: RecordedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handle that made the boot image is passed along."""
+    installed(host)
+    image = host.image(NEXT)
+    opened: list[str] = []
+
+    def counted(repository: Repository, digest: ManifestDigest) -> StoredImage:
+        opened.append(str(digest))
+        return real(repository, digest)
+
+    real = images.open_image
+    monkeypatch.setattr(images, "open_image", counted)
+    assert do(host, image) == "staged"
+    assert opened == [image.manifest_digest]
+
+
+@pytest.mark.parametrize("kind", [Kind(Loader.GRUB, uki=True)], ids=str)
+def test_what_others_wrote_into_the_menu_of_grub_stays(host: RecordedHost, cfsctl: str) -> None:
+    installed(host)
+    image = host.image(NEXT)
+    plain = host.entries.read_text()
+    head, _, entry = plain.partition("menuentry")
+    password, comment = "set superusers=root\npassword_pbkdf2 root grub.x\n", "# mine\n"
+    host.entries.write_text(f"{head}{password}menuentry{entry}{comment}")
+    assert do(host, image) == "staged"
+    # It may change until the shutdown.
+    password = password.replace("grub.x", "grub.y")
+    host.entries.write_text(f"{head}{password}menuentry{entry}{comment}")
+    with session(host) as opened:
+        assert finalize(opened)["result"] == "finalized"
+    assert host.reboot() == image.id
+    with session(host) as opened:
+        assert rollback(opened)["result"] == "queued"
+    text = host.entries.read_text()
+    assert text.startswith(head + password + "menuentry")
+    assert text.endswith("}\n" + comment)
+    assert len(host.menu()) == 2
+    assert Bootc(host.root, cfsctl, host.images).accepts() == []
+    host.entries.write_text(text.replace("}\nmenuentry", "}\nset timeout=3\nmenuentry"))
+    third = host.image(replace(NEXT, version="3"))
+    with session(host) as opened, pytest.raises(BootLoaderError, match="between its entries"):
+        stage(opened, request(third))
 
 
 def test_no_room_is_told_before_anything_is_written(

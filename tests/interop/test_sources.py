@@ -7,7 +7,6 @@ import hashlib
 import http.server
 import json
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -438,21 +437,6 @@ def test_unsigned_image_is_rejected(
         with pytest.raises(SignatureRejected, match="signature"):
             fetch(text, host, work_dir)
     assert list(work_dir.iterdir()) == []
-
-
-@pytest.fixture
-def signing_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
-    """A GPG key made for the test: its fingerprint and the file of its public half."""
-    home = tmp_path / "gnupg"
-    home.mkdir(mode=0o700)
-    monkeypatch.setenv("GNUPGHOME", str(home))
-    run("gpg", "--batch", "--passphrase", "", "--quick-generate-key", "test@example.com", "rsa2048", "sign")
-    listing = run("gpg", "--list-keys", "--with-colons").out
-    fingerprint = next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr"))
-    public = tmp_path / "key.gpg"
-    public.write_text(run("gpg", "--armor", "--export", fingerprint).out)
-    yield fingerprint, public
-    subprocess.run(["gpgconf", "--kill", "gpg-agent"], check=False)
 
 
 def test_signed_image_is_accepted(

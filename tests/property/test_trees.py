@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hostimage_testing.trees import canonical, trees
 from hostimaged.composefs.dumpfile import parse, write
-from hostimaged.composefs.erofs import Format, Image, build
+from hostimaged.composefs.erofs import Format, Image, build, possible_objects
 from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.tree import Directory, External, ExternalNoVerity, Leaf, walk
 
@@ -28,6 +28,7 @@ def test_tree_to_image_and_back(algorithm: Algorithm, image_format: Format, data
     assert canonical(opened.tree()) == canonical(root)
     opened.check()
     assert opened.objects() == objects_of(root)
+    assert set(possible_objects(bytes(image), algorithm)) >= objects_of(root)
     # The tree that came back is as good as the one that went in.
     assert build(opened.tree(), image_format, algorithm) == image
 

@@ -157,6 +157,8 @@ def _repository(value: object) -> str:
         "fs-verity required" if value.get("secure") is True else "fs-verity not required",
         f"{size(number_of(value.get('used')))} used",
     ]
+    if reclaimable := number_of(value.get("reclaimable")):
+        parts.append(f"{size(reclaimable)} garbage")
     return ", ".join(part for part in parts if part)
 
 

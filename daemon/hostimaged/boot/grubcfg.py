@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Self
 
 from hostimaged.boot import bls
 from hostimaged.errors import BootLoaderError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from hostimaged.ids import DeploymentId
 
@@ -123,31 +124,92 @@ def _balance(text: str) -> int:
     return depth
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What other people wrote into a menu outside of its entries, such as a password or a comment.
+
+    ``head`` is before the first entry, without what every menu has there, and ``tail`` after the last one.
+    ``between`` has commands between two: they cannot be kept where entries come and go.
+    """
+
+    head: str = ""
+    between: str = ""
+    tail: str = ""
+
+    def check(self, name: str = "user.cfg") -> None:
+        """Raise ``BootLoaderError`` if a menu written anew would lose or change the meaning of any of it."""
+        if self.between:
+            raise BootLoaderError(f"{name}: what is between its entries would be lost: {self.between!r}")
+        for text in (self.head, self.tail):
+            if _balance("\n".join(line for line in text.split("\n") if not _is_comment(line))):
+                raise BootLoaderError(f"{name}: its entries are within another command, which would be lost")
+
+
+#: A menu of entries alone.
+NOTHING_ELSE: Final = Surroundings()
+
+
 def parse_user_cfg(data: bytes, name: str = "user.cfg") -> list[MenuEntry]:
     """The entries of a menu, in its order; raises ``BootLoaderError`` naming the file.
 
     Everything before, between and after them is passed over.
     """
-    if len(data) > MAX_SIZE:
-        raise BootLoaderError(f"{name}: longer than {MAX_SIZE} bytes")
-    text = data.decode("utf-8", "surrogateescape")
     found: list[MenuEntry] = []
-    at = text.find(_WORD)
-    while at >= 0:
-        title = _TITLE.match(text, at)
-        if title is None:
-            raise BootLoaderError(
-                f"{name}: menu entry {len(found) + 1} is not of the form: menuentry TITLE {{"
-            )
-        end = _body_end(text, title.end(), name)
+    text = _decoded(data, name)
+    for start, title, end in _spans(text, name):
         entry = _entry(title[1], text[title.end() : end])
         if entry.deployment_id() is None:
-            entry = replace(entry, verbatim=text[at : end + 1])
+            entry = replace(entry, verbatim=text[start : end + 1])
         found.append(entry)
-        if len(found) > MAX_ENTRIES:
-            raise BootLoaderError(f"{name}: more than {MAX_ENTRIES} menu entries")
-        at = text.find(_WORD, end)
     return found
+
+
+def parse_surroundings(data: bytes, name: str = "user.cfg") -> Surroundings:
+    """What is in a menu outside of its entries; raises ``BootLoaderError`` as ``parse_user_cfg``."""
+    text = _decoded(data, name)
+    spans = list(_spans(text, name))
+    if not spans:
+        return Surroundings(_foreign(text))
+    pieces = [text[end + 1 : start] for (_, _, end), (start, _, _) in pairwise(spans)]
+    lines = [line for piece in pieces for line in piece.split("\n") if line.strip()]
+    comments = "".join(f"{line}\n" for line in lines if _is_comment(line))
+    between = "\n".join(line for line in lines if not _is_comment(line))
+    tail = text[spans[-1][2] + 1 :].removeprefix("\n")
+    return Surroundings(_foreign(text[: spans[0][0]]), between, comments + (tail if tail.strip() else ""))
+
+
+def _decoded(data: bytes, name: str) -> str:
+    if len(data) > MAX_SIZE:
+        raise BootLoaderError(f"{name}: longer than {MAX_SIZE} bytes")
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _foreign(head: str) -> str:
+    """What of the beginning of a menu is not in every one."""
+    rest = head.replace(_HEADER, "", 1)
+    if not rest.strip():
+        return ""
+    return rest if rest.endswith("\n") else rest + "\n"
+
+
+def _is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
+
+
+def _spans(text: str, name: str) -> Iterator[tuple[int, re.Match[str], int]]:
+    """Where each entry begins, its beginning with the title, and where the brace is that closes it."""
+    count = 0
+    at = text.find(_WORD)
+    while at >= 0:
+        count += 1
+        title = _TITLE.match(text, at)
+        if title is None:
+            raise BootLoaderError(f"{name}: menu entry {count} is not of the form: menuentry TITLE {{")
+        if count > MAX_ENTRIES:
+            raise BootLoaderError(f"{name}: more than {MAX_ENTRIES} menu entries")
+        end = _body_end(text, title.end(), name)
+        yield at, title, end
+        at = text.find(_WORD, end)
 
 
 def _body_end(text: str, start: int, name: str) -> int:
@@ -177,9 +239,10 @@ def _entry(title: str, body: str) -> MenuEntry:
     return MenuEntry(title, single["chainloader"], tuple(insmod), single["search"], tuple(extra))
 
 
-def serialise_user_cfg(entries: Iterable[MenuEntry]) -> bytes:
+def serialise_user_cfg(entries: Iterable[MenuEntry], around: Surroundings = NOTHING_ELSE) -> bytes:
     """The whole file; the first entry is the default. Raises ``BootLoaderError``."""
-    text = _HEADER + "".join(entry.serialise() for entry in entries)
+    around.check()
+    text = _HEADER + around.head + "".join(entry.serialise() for entry in entries) + around.tail
     return text.encode("utf-8", "surrogateescape")
 
 

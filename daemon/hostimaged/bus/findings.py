@@ -48,12 +48,13 @@ class ImageRow(Hyphened):
 
 
 class RepositoryRow(Hyphened):
-    """The repository; ``used`` is in bytes."""
+    """The repository; ``used`` and ``reclaimable``, None where a scan did not look, are in bytes."""
 
     algorithm: _Text
     formats: list[_Text]
     secure: bool
-    used: _Size
+    used: _Size | None = None
+    reclaimable: _Size | None = None
 
 
 class Problem(Hyphened):
@@ -108,13 +109,18 @@ class HostRow(Hyphened):
 
 
 class Findings(Hyphened):
-    """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc."""
+    """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc.
+
+    ``contents``: what sizes of deployments depend on (``hostimaged.host.sizes``).
+    """
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
     rollback_queued: bool = False
+    unsettled: bool = False
     host: HostRow | None = None
     bootc: dict[str, Any] = Field(default_factory=dict)
     unified: bool = False
+    contents: _Text = ""
     repository: RepositoryRow | None = None
     images: list[ImageRow] = Field(default_factory=list)
     problems: list[Problem] = Field(default_factory=list)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.requests import make_request
 from hostimaged.bus.unbuilt import refuse_unbuilt
 from hostimaged.errors import Internal
-from hostimaged.jobs.job import Initiator, Terms
+from hostimaged.jobs.job import Apply, Initiator, Terms
 from hostimaged.jobs.operations import (
     Check,
+    Collect,
     Delete,
     Diff,
+    Explain,
     KernelArguments,
     Pin,
     Pull,
+    Repair,
     Rollback,
     Stage,
     Switch,
     Unstage,
     Upgrade,
+    Verify,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
     from hostimaged.config import Settings
     from hostimaged.jobs.operations import Operation
     from hostimaged.jobs.queue import JobQueue
+
+
+_APPLY: Final = {"none": Apply.NONE, "soft-reboot": Apply.SOFT_REBOOT, "reboot": Apply.REBOOT}
 
 
 class GuardedMethods:
@@ -86,6 +93,8 @@ class GuardedMethods:
     async def _start(self, request: Request, caller: Caller) -> str:
         """Path of the job that does what is asked for."""
         options = request.options
+        if _APPLY[options.get("apply", "none")] is Apply.SOFT_REBOOT:
+            self._model.check_soft_reboot(request)
         job = await self._queue.submit(
             operation_of(request, self._model.settings),
             Initiator(caller.uid, options.get("client-id", ""), caller.name, self._callers.unit(caller)),
@@ -93,7 +102,7 @@ class GuardedMethods:
                 background=options.get("background", False),
                 allow_metered=options.get("allow-metered", False),
                 allow_on_battery=options.get("allow-on-battery", False),
-                reboot=options.get("apply") == "reboot",
+                apply=_APPLY[options.get("apply", "none")],
             ),
             queue=options.get("queue", True),
             join=not options.get("no-join", False),
@@ -141,8 +150,34 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         case Member.SET_KERNEL_ARGUMENTS:
             add, remove = request.arguments
             return KernelArguments(add=add, remove=remove, **waits)
+        case _:
+            return _housekeeping(request, settings, waits)
+
+
+def _housekeeping(request: Request, settings: Settings, waits: dict[str, Any]) -> Operation:
+    """As ``operation_of``, of what installs nothing."""
+    match request.member:
+        case Member.COLLECT_GARBAGE:
+            dry_run = request.options.get("dry-run", False)
+            return Collect(dry_run=dry_run, **rules_of(settings), **waits)
+        case Member.EXPLAIN:
+            (what,) = request.arguments
+            return Explain(what=what, **rules_of(settings), **waits)
+        case Member.REPAIR:
+            return Repair(dry_run=request.options.get("dry-run", False), **waits)
+        case Member.VERIFY_REPOSITORY:
+            return Verify(**waits)
         case Member.DIFF:
             (other,) = request.arguments
             return Diff(deployment=request.deployment, other=other, **waits)
         case _:
             raise Internal
+
+
+def rules_of(settings: Settings) -> dict[str, Any]:
+    """What the settings say to operations that decide what is garbage."""
+    return {
+        "tracked": settings.tracked_image,
+        "keep_pulled": settings.keep_pulled,
+        "minimum_free": settings.minimum_free,
+    }

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimage_dbus.names import API_VERSION, NO_OBJECT, JobState, Phase
 from hostimage_dbus.transport import Encoded
 from hostimaged import __version__
+from hostimaged.bus.authorization import Member
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
-from hostimaged.errors import InvalidReference
+from hostimaged.errors import InvalidReference, PreconditionFailed
 from hostimaged.jobs.kinds import KINDS
 from hostimaged.oci.reference import ImageReference
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
     from hostimaged.bus.bootfailure import BootFailure
     from hostimaged.bus.deployments import DeploymentObjects
-    from hostimaged.bus.findings import ImageRow
+    from hostimaged.bus.findings import Findings, ImageRow
     from hostimaged.bus.holds import Holds
     from hostimaged.bus.policy import Policy
+    from hostimaged.bus.requests import Request
     from hostimaged.bus.status import StatusCache
     from hostimaged.bus.updates import Updates
+    from hostimaged.bus.verified import Verified
     from hostimaged.config import Settings, SettingsProblem
     from hostimaged.jobs.history import History, JobRecord
     from hostimaged.jobs.queue import JobQueue
@@ -49,6 +52,7 @@ class Model:
         updates: Updates,
         policy: Policy,
         boot_failure: BootFailure | None,
+        verified: Verified,
         deployments: DeploymentObjects,
         boot_id: str,
         settings: Settings,
@@ -61,9 +65,11 @@ class Model:
         self._updates = updates
         self._policy = policy
         self._boot_failure = boot_failure
+        self._verified = verified
         self._deployments = deployments
         self._boot_id = boot_id
         self._answer: Encoded | None = None
+        self._unwatched = ""
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -71,6 +77,10 @@ class Model:
         self.settings = settings
         self._own_problems = list(_problems(settings, problems, self._history))
         self.changed()
+
+    def set_unwatched(self, why: str) -> None:
+        """Changes by other programs are noticed late, and why; "": they are noticed at once."""
+        self._unwatched = why
 
     def changed(self) -> None:
         """Something in the status document changed."""
@@ -106,6 +116,19 @@ class Model:
         staged = any(row.staged and not row.locked for row in findings.deployments)
         return staged or findings.rollback_queued
 
+    def check_soft_reboot(self, request: Request) -> None:
+        """Raise ``PreconditionFailed`` if the deployment that is meant is known not to be reached by one.
+
+        Nothing is done then. Of one that is yet to be made nothing is known.
+        """
+        if request.member is Member.SET_KERNEL_ARGUMENTS:
+            raise PreconditionFailed("a soft reboot leaves the kernel its arguments")
+        for row in self._status.findings.deployments:
+            meant = row.id == request.deployment or (request.member is Member.ROLLBACK and row.is_rollback)
+            if meant and not (row.soft_reboot_capable or row.booted):
+                reason = f"deployment {row.id} cannot be reached by a soft reboot: {row.soft_reboot_obstacle}"
+                raise PreconditionFailed(reason)
+
     # what is told
 
     @property
@@ -139,7 +162,7 @@ class Model:
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
-            "RepositorySize": [findings.repository.used if findings.repository else 0, 0],
+            "RepositorySize": _sizes(findings),
         }
 
     def answer(self) -> Encoded:
@@ -170,8 +193,11 @@ class Model:
 
     def _problems(self) -> list[Problem]:
         own = [*self._own_problems]
+        if self._unwatched:
+            own.append(_unwatched(self._unwatched))
         if self._policy.problem:
             own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
+        own += self._verified.problems
         if self._boot_failure is not None:
             own.append(Problem(id="boot", severity="error", text=self._boot_failure.message))
         return [*own, *self._status.findings.problems]
@@ -194,6 +220,17 @@ class Model:
                 "time": last.finished,
             }
         )
+
+
+def _unwatched(why: str) -> Problem:
+    text = f"what other programs change is noticed late: {why}"
+    return Problem(id="watch", severity="warning", text=text)
+
+
+def _sizes(findings: Findings) -> list[int]:
+    """Bytes that are used, and that could be reclaimed; 0 where unknown."""
+    row = findings.repository
+    return [0, 0] if row is None else [row.used or 0, row.reclaimable or 0]
 
 
 def _problems(settings: Settings, found: Sequence[SettingsProblem], history: History) -> list[Problem]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimage_dbus.names import API_VERSION
 from hostimage_dbus.transport import Encoded, Variant
 from hostimaged.bus.findings import Findings, Problem, take_findings
-from hostimaged.jobs.events import StatusEvent
+from hostimaged.jobs.events import SizesEvent, StatusEvent
 from hostimaged.jobs.operations import Scan
 from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from hostimaged.bus.sizes import Sizes
     from hostimaged.jobs.events import Event
     from hostimaged.jobs.history import JobRecord
     from hostimaged.jobs.job import Job
@@ -68,14 +69,18 @@ def _prepare(status: dict[str, Any]) -> _Prepared:
 
 
 class StatusCache:
-    """Findings of the newest scan; ``changed`` is called when they were replaced."""
+    """Findings of the newest scan; ``changed`` is called when they were replaced. ``sizes`` are loaded."""
 
-    def __init__(self, start_worker: Callable[[Operation], Worker], changed: Callable[[], None]) -> None:
+    def __init__(
+        self, start_worker: Callable[[Operation], Worker], changed: Callable[[], None], sizes: Sizes
+    ) -> None:
         self._start_worker = start_worker
         self._changed = changed
+        self._sizes = sizes
         self._last_place = 0
         self._taken_place = 0
         self._prepared = _prepare({})
+        self._findings = self._prepared.findings
         self._known = asyncio.Event()
 
     @property
@@ -92,7 +97,7 @@ class StatusCache:
     @property
     def findings(self) -> Findings:
         """What the newest scan found."""
-        return self._prepared.findings
+        return self._findings
 
     @property
     def image_list(self) -> Encoded:
@@ -118,37 +123,62 @@ class StatusCache:
             _logger.warning("scan.invalid", error=type(error).__name__)
             self._failed(place, "the state of the repository could not be read")
             return
+        self._sizes.take_findings(prepared.findings)
         self._set(place, prepared)
 
     async def refresh(self) -> None:
         """Scan now, in a worker of its own; never raises."""
         place = self.begin()
-        found: list[dict[str, Any]] = []
+        async with asyncio.TaskGroup() as tasks:
 
-        def on_event(event: Event) -> None:
-            if isinstance(event, StatusEvent):
-                found.append(event.status)
+            def on_event(event: Event) -> None:
+                # At once: measuring, which comes next, may take long.
+                if isinstance(event, StatusEvent):
+                    tasks.create_task(self.take(place, event.status))
+                elif isinstance(event, SizesEvent):
+                    tasks.create_task(self._take_sizes(place, event))
 
-        outcome = await self._start_worker(Scan()).run(on_event)
-        for status in found:
-            await self.take(place, status)
+            outcome = await self._start_worker(Scan(known=self._sizes.contents)).run(on_event)
         if outcome.failure is not None:
             self._failed(place, f"the state of the repository could not be read: {outcome.failure.message}")
 
+    async def _take_sizes(self, place: int, event: SizesEvent) -> None:
+        self._sizes.take(event)
+        if self._taken_place:
+            # Else they are applied with what the scan found.
+            self._set(place, self._prepared)
+        await self._sizes.save()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the sizes of deployments are those of now."""
+        return self._sizes.contents == self.findings.contents
+
     def _failed(self, place: int, text: str) -> None:
         """Keep what was known, and say that it may be old."""
-        known = [problem for problem in self.findings.problems if problem.id != "scan"]
+        findings = self._prepared.findings
+        known = [problem for problem in findings.problems if problem.id != "scan"]
         problems = [*known, Problem(id="scan", severity="error", text=text)]
-        findings = self.findings.model_copy(update={"problems": problems})
+        findings = findings.model_copy(update={"problems": problems})
         self._set(place, replace(self._prepared, findings=findings))
 
     def _set(self, place: int, prepared: _Prepared) -> None:
         if place < self._taken_place:
             return
         self._taken_place = place
+        prepared = replace(prepared, findings=self._with_known_sizes(prepared.findings))
         self._prepared = prepared
+        self._findings = self._sizes.applied(prepared.findings)
         self._known.set()
         self._changed()
+
+    def _with_known_sizes(self, findings: Findings) -> Findings:
+        """With what could be reclaimed when it was last looked at: few scans do, as it takes long."""
+        new, old = findings.repository, self.findings.repository
+        if new is None or old is None or new.reclaimable is not None:
+            return findings
+        known = new.model_copy(update={"reclaimable": old.reclaimable})
+        return findings.model_copy(update={"repository": known})
 
     def document(
         self,

@@ -17,16 +17,10 @@ if TYPE_CHECKING:
 
 #: Members, and what is missing.
 MEMBERS: Final[Mapping[Member, str]] = {
-    Member.COLLECT_GARBAGE: "garbage collection",
-    Member.VERIFY_REPOSITORY: "verification of the repository",
-    Member.REPAIR: "repair of the repository",
-    Member.EXPLAIN: "garbage collection",
     Member.SET_UNIFIED: "unified storage",
 }
 #: Options, where they are true, of members that are built.
 OPTIONS: Final[Mapping[str, str]] = {"unified": "unified storage"}
-#: Values of options of members that are built.
-VALUES: Final[Mapping[tuple[str, str], str]] = {("apply", "soft-reboot"): "soft reboots"}
 
 
 def refuse_unbuilt(request: Request) -> None:
@@ -37,9 +31,6 @@ def refuse_unbuilt(request: Request) -> None:
     for option, missing in OPTIONS.items():
         if request.options.get(option):
             raise _not_supported(f"option {option}", missing)
-    for (option, value), missing in VALUES.items():
-        if request.options.get(option) == value:
-            raise _not_supported(f"option {option}={value}", missing)
 
 
 def _not_supported(what: str, missing: str) -> NotSupported:

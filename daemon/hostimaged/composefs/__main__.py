@@ -1,9 +1,9 @@
 """Low-level tool for people and tests: fs-verity digests, dump files, images, streams.
 
-``python -m hostimaged.composefs COMMAND``. Needs no daemon and changes no repository. Gives what the tools of
-composefs-rs give: ``digest`` is ``composefs-info measure-file``, ``mkfs`` is ``mkcomposefs --from-file
---print-digest``, ``dump`` and ``objects`` are those of ``composefs-info``, ``cat-stream`` is ``cfsctl cat``,
-``fsck`` is ``cfsctl fsck``.
+``python -m hostimaged.composefs COMMAND``. Needs no daemon; only ``gc`` changes a repository. Gives what
+the tools of composefs-rs give: ``digest`` is ``composefs-info measure-file``, ``mkfs`` is ``mkcomposefs
+--from-file --print-digest``, ``dump`` and ``objects`` are those of ``composefs-info``, ``cat-stream`` is
+``cfsctl cat``, ``fsck`` is ``cfsctl fsck``, ``gc`` is ``cfsctl gc``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from hostimage_dbus.errors import EXIT_FAILURE, EXIT_OK
 from hostimaged.composefs.erofs.format import MAX_IMAGE, Format
 from hostimaged.composefs.fsverity import Algorithm, Hasher, digest
-from hostimaged.errors import CorruptRepository, HostimageError, InvalidArgs, from_os_error
+from hostimaged.errors import CorruptRepository, HostimageError, InvalidArgs, from_os_error, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -93,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.add_argument(
         "--metadata-only", action="store_true", help="do not look at the content of objects, which is faster"
+    )
+
+    command = commands.add_parser("gc", help="remove from a repository what no reference leads to")
+    command.add_argument("repository", metavar="REPO")
+    command.add_argument("--dry-run", "-n", action="store_true", help="only say what would be removed")
+    command.add_argument(
+        "--root",
+        "-r",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="keep this image or stream, too; may be repeated",
     )
     return parser
 
@@ -228,6 +240,25 @@ def _fsck(args: argparse.Namespace) -> None:
         raise CorruptRepository(f"the check of {args.repository} failed")
 
 
+def _gc(args: argparse.Namespace) -> None:
+    from hostimaged.composefs.repository import Repository, gc
+    from hostimaged.progress import Silent
+
+    reporter = Silent()
+    with Repository.open(args.repository, exclusive=not args.dry_run) as repository:
+        marked = gc.mark(repository, roots=args.root, reporter=reporter)
+        for damage in marked.damage:
+            print(f"{args.command}: {damage.text}", file=sys.stderr)
+        result = gc.sweep(repository, marked, dry_run=args.dry_run, reporter=reporter)
+    for reference in marked.dangling:
+        print(f"{args.command}: {printable(reference)} leads nowhere", file=sys.stderr)
+    if args.dry_run:
+        print("Dry run (no files deleted):")
+    print(f"Objects: {result.objects_removed} removed ({result.objects_bytes} bytes)")
+    if result.images_pruned or result.streams_pruned:
+        print(f"Pruned symlinks: {result.images_pruned} images, {result.streams_pruned} streams")
+
+
 def _shown(name: str) -> str:
     return "standard input" if name == "-" else name
 
@@ -239,6 +270,7 @@ _COMMANDS: Final = {
     "objects": _objects,
     "cat-stream": _cat_stream,
     "fsck": _fsck,
+    "gc": _gc,
 }
 
 if __name__ == "__main__":

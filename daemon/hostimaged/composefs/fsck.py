@@ -70,15 +70,17 @@ def check(
     metadata_only: bool = False,
     give_up: Callable[[], None] | None = None,
     breaks: Breaks | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> Report:
     """Check ``repository``; with ``metadata_only`` the content of objects is not looked at.
 
     ``give_up`` is called now and then, and may raise to end the check. ``breaks`` are taken between two
-    entries, or two directories of objects; what others remove meanwhile is no finding. Raises
-    ``StorageError`` or another ``HostimageError`` only if a directory cannot be read, and what those two
-    raise. Memory is bounded by the largest image.
+    entries, and while an object is read; what others remove meanwhile is no finding. ``advance`` is called,
+    in any thread, with the number of each directory of objects that was checked. Raises ``StorageError`` or
+    another ``HostimageError`` only if a directory cannot be read, and what those two raise. Memory is bounded
+    by the largest image.
     """
-    return _Check(repository, give_up or _go_on, breaks).run(metadata_only=metadata_only)
+    return _Check(repository, give_up or _go_on, breaks, advance).run(metadata_only=metadata_only)
 
 
 def _go_on() -> None:
@@ -88,8 +90,15 @@ def _go_on() -> None:
 class _Check:
     """One check under way."""
 
-    def __init__(self, repository: Repository, give_up: Callable[[], None], breaks: Breaks | None) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        give_up: Callable[[], None],
+        breaks: Breaks | None,
+        advance: Callable[[int], None] | None,
+    ) -> None:
         self._repository = repository
+        self._advance = advance
         self._root = repository.fileno()
         self._may_end = give_up
         self._breaks = breaks
@@ -106,7 +115,13 @@ class _Check:
             self._names()
             return self._report
         repository = self._repository
-        objects = ObjectCheck(self._root, repository.algorithm, secure=repository.secure, check=self._give_up)
+        objects = ObjectCheck(
+            self._root,
+            repository.algorithm,
+            secure=repository.secure,
+            check=self._give_up,
+            done=self._advance,
+        )
         report = self._report
         self._objects = objects
         with objects:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -77,12 +77,16 @@ class DirectoryCheck:
     """Checks directories of objects of the repository open as ``root``, in one thread.
 
     ``secure``: objects must have fs-verity; then, and wherever they have it, the kernel's word is taken for
-    the content. Others are read and hashed.
+    the content. Others are read and hashed. Without the lock of the repository, which may be given up in
+    ``pause``, called before each object and now and then in a long one, what others remove is no finding.
     """
 
-    __slots__ = ("_algorithm", "_buffers", "_root", "_secure", "_unsupported", "_view")
+    __slots__ = ("_algorithm", "_buffers", "_pause", "_root", "_secure", "_unsupported", "_view")
 
-    def __init__(self, root: int, algorithm: Algorithm, *, secure: bool) -> None:
+    def __init__(
+        self, root: int, algorithm: Algorithm, *, secure: bool, pause: Callable[[], None] | None = None
+    ) -> None:
+        self._pause = pause
         self._root = root
         self._algorithm = algorithm
         self._secure = secure
@@ -110,12 +114,14 @@ class DirectoryCheck:
         prefix, length = f"{byte:02x}", self._algorithm.hex_length - 2
         try:
             for name, regular in found:
+                if self._pause is not None:
+                    self._pause()
                 # Nearly all of them: no more than this is done for each.
                 if not (regular and len(name) == length and self._is_good(directory, prefix, name)):
                     self._examine(directory, prefix, name, tally)
         finally:
             os.close(directory)
-        tally.checked = len(found)
+        tally.checked += len(found)
         return tally
 
     def _is_good(self, directory: int, prefix: str, name: str) -> bool:
@@ -147,7 +153,10 @@ class DirectoryCheck:
         try:
             fd = self._open(directory, f"{OBJECTS}/{prefix}/{name}", name)
         except OSError as error:
-            tally.corrupt(Kind.OBJECT_OPEN_FAILED, path, error.strerror)
+            if _is_gone(directory, name):
+                tally.checked -= 1
+            else:
+                tally.corrupt(Kind.OBJECT_OPEN_FAILED, path, error.strerror)
             return
         where = f"{OBJECTS}/{expected.pathname}"
         try:
@@ -198,59 +207,84 @@ class DirectoryCheck:
         hasher = Hasher(self._algorithm)
         while count:
             hasher.update(self._view[:count])
+            if self._pause is not None:
+                self._pause()
             count = os.readv(fd, self._buffers)
         return hasher.finish()
+
+
+def _is_gone(directory: int, name: str) -> bool:
+    """Whether an entry that was listed was removed meanwhile."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
+def object_sizes(root: int) -> list[int]:
+    """Bytes of the objects in each directory of a repository open as ``root``; 0 where it cannot be told."""
+    sizes = [0] * 256
+    for byte in range(256):
+        with suppress(OSError):
+            directory = os.open(f"{OBJECTS}/{byte:02x}", _DIRECTORY_FLAGS, dir_fd=root)
+            try:
+                with os.scandir(directory) as entries:
+                    sizes[byte] = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+            finally:
+                os.close(directory)
+    return sizes
 
 
 class ObjectCheck:
     """Checks all objects of the repository open as ``root``.
 
     ``begin`` works for a moment and starts helpers if that was not enough; the caller may do something else
-    until ``finish``. Leaving the context ends the helpers. ``check`` is called now and then and may raise to
-    give up.
+    until ``finish``. Leaving the context ends the helpers. ``check`` is called often, in this thread, and may
+    raise to give up, or give up the lock for a while. ``done`` is called, in any thread, with the number of
+    each directory that was checked.
     """
 
     def __init__(
-        self, root: int, algorithm: Algorithm, *, secure: bool, check: Callable[[], None] | None = None
+        self,
+        root: int,
+        algorithm: Algorithm,
+        *,
+        secure: bool,
+        check: Callable[[], None] | None = None,
+        done: Callable[[int], None] | None = None,
     ) -> None:
         self._root = root
         self._algorithm = algorithm
         self._secure = secure
         self._give_up = check
-        self._mine = DirectoryCheck(root, algorithm, secure=secure)
+        self._mine = DirectoryCheck(root, algorithm, secure=secure, pause=check)
+        self._tell = done
         # Both are shared with the threads: single appends and pops are atomic.
         self._pending = deque(range(256))
         self._done: list[tuple[int, Tally]] = []
         self._helpers: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
-        #: Helpers at work, and whether they are to stay idle.
-        self._changes = threading.Condition()
-        self._busy = 0
-        self._idle = False
+        #: Whether helpers may begin with another directory.
+        self._go_on = threading.Event()
+        self._go_on.set()
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """While this lasts no helper looks at the repository; each finishes the directory it is at first."""
-        with self._changes:
-            self._idle = True
-            self._changes.wait_for(lambda: not self._busy)
-        try:
-            yield
-        finally:
-            with self._changes:
-                self._idle = False
-                self._changes.notify_all()
+        """While this lasts no helper begins with another directory.
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        with self._changes:
-            self._changes.wait_for(lambda: not self._idle)
-            self._busy += 1
+        Each goes on with the one it is at: that may take longer than anybody waits for the lock, and what is
+        removed meanwhile does not disturb it.
+        """
+        self._go_on.clear()
         try:
             yield
         finally:
-            with self._changes:
-                self._busy -= 1
-                self._changes.notify_all()
+            self._go_on.set()
+
+    def _add(self, byte: int, tally: Tally) -> None:
+        self._done.append((byte, tally))
+        if self._tell is not None:
+            self._tell(byte)
 
     def begin(self) -> None:
         """Check for a moment; then start helpers if there is more to do, and return."""
@@ -286,7 +320,7 @@ class ObjectCheck:
                 byte = self._pending.popleft()
             except IndexError:
                 return  # a helper was faster
-            self._done.append((byte, self._mine.check(byte)))
+            self._add(byte, self._mine.check(byte))
 
     def _start_helper(self) -> None:
         import subprocess
@@ -311,14 +345,13 @@ class ObjectCheck:
     def _drive(self, process: subprocess.Popen[bytes]) -> None:
         """Hand out directories to a helper until there are none, or it fails."""
         while True:
+            self._go_on.wait()
             try:
                 byte = self._pending.popleft()
             except IndexError:
                 return
             try:
-                with self._at_work():
-                    tally = _ask(process, byte)
-                self._done.append((byte, tally))
+                self._add(byte, _ask(process, byte))
             except (OSError, ValueError, TypeError):
                 # Killed, or a directory cannot be read: whoever takes it next will see.
                 self._pending.append(byte)

@@ -14,8 +14,8 @@ from hostimaged.errors import HostimageError, from_os_error
 from hostimaged.host.model import BootType, Role
 from hostimaged.host.origin import origin_name, read_origin
 from hostimaged.host.statedirs import state_directory
-from hostimaged.host.tags import bootc_tag
-from hostimaged.oci.images import manifest_stream, tag
+from hostimaged.host.tags import tag_deployment
+from hostimaged.oci.images import manifest_stream
 from hostimaged.system import durable
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _adopt(paths: HostPaths, repository: Repository, dirs: BootDirs, row: Deploy
         digest = row.manifest_digest
         proven = row.image is not None and row.image.proven
         if digest is not None and proven and repository.has_stream(manifest_stream(digest)) is not None:
-            tagged = tag(repository, bootc_tag(digest), digest)
+            tagged = tag_deployment(paths, repository, digest)
             named = _missing(row, "manifest_digest")
             if named:
                 # What the origin names must outlive a crash: the tag first.

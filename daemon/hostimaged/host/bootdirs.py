@@ -1,28 +1,30 @@
 """Where boot entries, kernels and UKIs of a host are.
 
 Facts: boot-entries.md 1 and 3 (bootc 1.16), and what bootc does since: a separate /boot comes first. Nothing
-is mounted, and no automount is triggered: an ESP that is not mounted is a problem, unless the caller mounts
-it and says where.
+is mounted, and no automount is triggered; where the ESP is, is found out before (``espmount``).
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot import bls
-from hostimaged.boot.esp import Mount, find_esp, mount_at, mount_of, parse_mountinfo
+from hostimaged.boot.esp import Mount, mount_at, parse_mountinfo
 from hostimaged.boot.loader import Bootloader
-from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.errors import from_os_error
 from hostimaged.system.paths import BOOT_IN_ROOT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hostimaged.system.paths import HostPaths
 
 LOADER: Final = "loader"
 GRUB: Final = "grub2"
+#: File system of what is mounted when somebody looks; of an automount, until then.
+AUTOFS: Final = "autofs"
 _EFI_LINUX: Final = "EFI/Linux"
 #: More lines than any host has; what is beyond is not looked at.
 _MAX_TABLE: Final = 16 << 20
@@ -92,25 +94,21 @@ def mount_table(paths: HostPaths) -> list[Mount]:
         raise from_os_error(error, "cannot read the table of mounts") from error
 
 
-def candidates(
-    paths: HostPaths, loader: Bootloader, table: list[Mount], *, esp: Path | None = None
-) -> list[BootDirs]:
+def candidates(paths: HostPaths, loader: Bootloader, table: list[Mount]) -> list[BootDirs]:
     """Where the entries of this host may be, the likeliest first; never empty.
 
-    ``table`` is that of ``mount_table``; ``esp``: where the caller has mounted the ESP, if it is not mounted
-    for all.
+    ``table`` is that of ``mount_table``.
     """
-    esp = esp or paths.esp
+    esp = paths.esp
     if paths.scratch_root is not None or paths.mountinfo is None:
         if loader.is_bls:
             return [_on_esp(loader, esp)]
         return [_grub(loader, paths.boot, esp, own=_is_own(paths.boot))]
-    esp = esp or _mounted_esp(paths, table)
     if loader.is_bls:
         return [_on_esp(loader, esp)]
     found = []
     mount = mount_at(table, os.fsencode(paths.boot))
-    if mount is not None and mount.filesystem != "autofs" and _has_grub(paths.boot):
+    if mount is not None and mount.filesystem != AUTOFS and _has_grub(paths.boot):
         found.append(_grub(loader, paths.boot, esp, own=True))
     physical = paths.physical_root / "boot"
     own = mount_at(table, os.fsencode(physical)) is not None
@@ -135,13 +133,3 @@ def _is_own(boot: Path) -> bool:
 
 def _has_grub(boot: Path) -> bool:
     return any(os.path.lexists(boot / name) for name in (GRUB, f"{LOADER}/entries"))
-
-
-def _mounted_esp(paths: HostPaths, table: list[Mount]) -> Path | None:
-    """Where the ESP is mounted, None if it is not, or if there is none that can be found."""
-    try:
-        device = find_esp(table, paths.physical_root)
-    except HostimageError:
-        return None
-    mount = mount_of(table, device.device)
-    return None if mount is None else Path(os.fsdecode(mount.point))

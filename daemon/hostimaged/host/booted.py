@@ -48,16 +48,21 @@ def read_booted(paths: HostPaths, table: list[Mount]) -> Booted | None:
     ``table`` is the table of mounts. Raises ``BootLoaderError`` if the kernel was told to boot one, and what
     is mounted is none: then nobody knows what runs. Raises ``StorageError``.
     """
+    text = read_cmdline(paths)
+    return None if text is None else booted_from(text, mount_at(table, b"/"))
+
+
+def read_cmdline(paths: HostPaths) -> str | None:
+    """The arguments of the running kernel; None on a host that does not run. Raises ``StorageError``."""
     if paths.cmdline is None:
         return None
     try:
         with paths.cmdline.open("rb") as file:
-            text = file.read(MAX_CMDLINE).decode("utf-8", "surrogateescape")
+            return file.read(MAX_CMDLINE).decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise from_os_error(error, "cannot read the kernel command line") from error
-    return booted_from(text, mount_at(table, b"/"))
 
 
 def booted_from(cmdline: str, root: Mount | None) -> Booted | None:
@@ -65,12 +70,24 @@ def booted_from(cmdline: str, root: Mount | None) -> Booted | None:
     argument = Cmdline.parse(cmdline).composefs()
     if argument is None:
         return None
-    source = "" if root is None else root.source
+    found = None if root is None else root_of(root.source)
+    if found is None:
+        raise BootLoaderError("the kernel was told to boot a deployment, but / is not mounted from one")
+    id_, transient = found
+    return Booted(id_, argument.optional, transient, argument.id)
+
+
+def root_source(id_: DeploymentId, *, transient: bool) -> str:
+    """What the root of a deployment is called in the table of mounts."""
+    return f"{_TRANSIENT if transient else _PLAIN}{id_}"
+
+
+def root_of(source: str) -> tuple[DeploymentId, bool] | None:
+    """Of which deployment a mount is the root, and whether changes to it vanish; None if of none."""
     for prefix in (_PLAIN, _TRANSIENT):
         if source.startswith(prefix):
             try:
-                id_ = DeploymentId(source.removeprefix(prefix).removeprefix("?"))
+                return DeploymentId(source.removeprefix(prefix).removeprefix("?")), prefix is _TRANSIENT
             except InvalidArgs:
-                break
-            return Booted(id_, argument.optional, prefix is _TRANSIENT, argument.id)
-    raise BootLoaderError("the kernel was told to boot a deployment, but / is not mounted from one")
+                return None
+    return None

@@ -53,15 +53,15 @@ _FORMATS: Final = (Format.V1, Format.V2)
 class BootImage:
     """A boot image in the repository, and what the image brings for the boot loader.
 
-    ``object_id`` is its fs-verity digest. ``architecture`` is named as OCI does. The leaves of ``resources``
-    are read with ``boot.files.open_content``. ``files`` are the image's; what is in ``/boot`` may be missing.
+    ``image`` is what it was made from, ``object_id`` its fs-verity digest. The leaves of ``resources`` are
+    read with ``boot.files.open_content``. ``files`` are the image's; what is in ``/boot`` may be missing.
     """
 
+    image: StoredImage
     object_id: ObjectId
     format: Format
     mode: XattrMode
     resources: Kernel | UnifiedKernel
-    architecture: str
     os_release: OsRelease = field(repr=False)
     files: TreeFiles = field(repr=False)
     _uki: Uki | None = field(default=None, repr=False)
@@ -70,6 +70,12 @@ class BootImage:
     def id(self) -> DeploymentId:
         """The deployment that this is. Raises ``InvalidArgs`` if the digest is not sha512."""
         return DeploymentId.of_object(self.object_id)
+
+    @property
+    def architecture(self) -> str:
+        """The image's, named as OCI does."""
+        config = self.image.config
+        return config.architecture if config is not None else ""
 
     @property
     def uki(self) -> Uki:
@@ -243,15 +249,14 @@ class _Making:
         uki: Uki | None = None,
     ) -> BootImage:
         files = TreeFiles(root, self._repository)
-        config = self._image.config
         own = uki.osrel if uki is not None else None
         release = files.read(_OS_RELEASE, osrelease.MAX_SIZE) if own is None else own
         return BootImage(
+            self._image,
             object_id,
             image_format,
             mode,
             resources,
-            config.architecture if config is not None else "",
             osrelease.parse(release or b""),
             files,
             uki,

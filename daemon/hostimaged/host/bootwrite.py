@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot import bls, order
-from hostimaged.boot.grubcfg import MenuEntry, parse_user_cfg, serialise_user_cfg
+from hostimaged.boot.grubcfg import (
+    MenuEntry,
+    Surroundings,
+    parse_surroundings,
+    parse_user_cfg,
+    serialise_user_cfg,
+)
 from hostimaged.boot.osrelease import DEFAULT_ID
 from hostimaged.errors import BootLoaderError
 from hostimaged.host.bootsets import GrubSets, RawSet
@@ -61,14 +67,13 @@ def render_bls(loader: Bootloader, menu: Sequence[Planned], foreign: Iterable[tu
     return RawSet.of(kept | files)
 
 
-def render_grub(menu: Sequence[MenuEntry]) -> RawSet:
-    """``user.cfg`` with these entries, read back; raises ``BootLoaderError``."""
+def render_grub(menu: Sequence[MenuEntry], around: Surroundings) -> RawSet:
+    """``user.cfg`` with these entries and what else is in it, read back; raises ``BootLoaderError``."""
     if not 0 < len(menu) <= MAX_ENTRIES:
         raise BootLoaderError(f"a boot menu cannot have {len(menu)} deployments")
-    content = serialise_user_cfg(menu)
-    if [entry.deployment_id() for entry in parse_user_cfg(content)] != [
-        entry.deployment_id() for entry in menu
-    ]:
+    content = serialise_user_cfg(menu, around)
+    shown = [entry.deployment_id() for entry in parse_user_cfg(content)]
+    if shown != [entry.deployment_id() for entry in menu] or parse_surroundings(content) != around:
         raise BootLoaderError("the menu cannot be written so that GRUB would show it in its order")
     return RawSet(((GrubSets.LIVE, content),))
 

@@ -5,34 +5,37 @@ Everything here is done under the exclusive lock, reads the host again before it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hostimaged.boot import bls
 from hostimaged.errors import BootLoaderError
-from hostimaged.host import bootfs, statedirs
+from hostimaged.host import bootfs, marker, statedirs
+from hostimaged.host.artifacts import KernelFiles, UkiFiles
+from hostimaged.system import durable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from hostimaged.boot.bls import Entry
-    from hostimaged.host.artifacts import KernelFiles, UkiFiles
-    from hostimaged.host.entries import Foreign
+    from hostimaged.host.entries import Foreign, SetEntry
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.ids import DeploymentId
 
 
-def is_referenced(state: HostState, id_: DeploymentId) -> bool:
+def is_referenced(state: HostState, id_: DeploymentId, *, staged: bool = True) -> bool:
     """Whether anything says that a deployment is to stay: an entry, the running host, the marker, a pin.
 
-    What cannot be read says so too.
+    What cannot be read says so too. Without ``staged`` an entry of the staged set does not count.
     """
     row = state.find(id_)
+    entries = state.sets.entries if staged or state.sets.live is None else state.sets.live.entries
     return (
         bool(state.sets.unreadable)
         or (state.booted is not None and id_ in (state.booted.id, state.booted.cmdline_id))
         or (state.marker is not None and state.marker.depl_id == id_)
-        or any(entry.id == id_ for entry in state.sets.entries)
+        or any(entry.id == id_ for entry in entries)
         or (row is not None and row.pinned)
     )
 
@@ -42,48 +45,84 @@ def discard(session: Session, ids: Iterable[DeploymentId]) -> list[DeploymentId]
 
     Then kernels and UKIs that no entry starts. Points ``discard.state`` and ``discard.artifact``.
     """
-    discarded = []
     state = session.state()
-    for id_ in dict.fromkeys(ids):
-        if not is_referenced(state, id_) and statedirs.remove(session.paths, session.work, id_):
-            discarded.append(id_)
-        session.reporter.at("discard.state")
+    discarded = _discard_states(session, state, ids)
     sweep_artifacts(session, state)
     return discarded
 
 
-def sweep_artifacts(session: Session, state: HostState) -> None:
-    """Remove kernels and UKIs that no entry, live or staged, starts: whoever left them, nothing uses them.
+def _discard_states(
+    session: Session, state: HostState, ids: Iterable[DeploymentId], *, staged_too: bool = False
+) -> list[DeploymentId]:
+    """Remove the state of those deployments that nothing refers to; ``staged_too``: but a staged entry."""
+    discarded = []
+    for id_ in dict.fromkeys(ids):
+        referenced = is_referenced(state, id_, staged=not staged_too)
+        if not referenced and statedirs.remove(session.paths, session.work, id_):
+            discarded.append(id_)
+            session.expect_garbage()
+        session.reporter.at("discard.state")
+    return discarded
 
-    Nothing is removed where the entries are in doubt: unreadable, one of them damaged, or without the running
-    deployment.
+
+@dataclass(frozen=True, slots=True)
+class DeadArtifact:
+    """A kernel or UKI that no entry starts. ``size`` is in bytes."""
+
+    place: KernelFiles | UkiFiles
+    name: str
+    prefixed: bool
+    size: int
+
+    def remove(self) -> None:
+        """Remove it, durably. Raises ``NoSpace``, ``ReadOnly`` or ``StorageError``."""
+        if self.prefixed:
+            self.place.remove(self.name)
+        else:
+            self.place.remove_unprefixed(self.name)
+
+
+def dead_artifacts(state: HostState, entries: Sequence[SetEntry]) -> list[DeadArtifact]:
+    """Kernels and UKIs that none of ``entries`` starts: whoever left them, nothing uses them.
+
+    None where the entries are in doubt: unreadable, one of them damaged, or without the running deployment.
     """
-    if state.sets.unreadable or not state.sets.entries or state.dirs.boot is None:
-        return
+    if state.sets.unreadable or not entries or state.dirs.kernels is None:
+        return []
     others = [foreign for each in (state.sets.live, state.sets.staged) if each for foreign in each.foreign]
     if any(foreign.problem for foreign in others):
-        return
-    entries = [entry.entry for entry in state.sets.entries] + [
+        return []
+    known = [entry.entry for entry in entries] + [
         parsed for foreign in others if (parsed := _parsed(foreign)) is not None
     ]
-    used = {entry.artifact() for entry in entries}
+    used = {entry.artifact() for entry in known}
     if state.booted is not None:
-        if not any(entry.id == state.booted.id for entry in state.sets.entries):
-            return
+        if not any(entry.id == state.booted.id for entry in entries):
+            return []
         used |= {str(state.booted.id), str(state.booted.cmdline_id)}
-    without_prefix = {entry.artifact() for entry in entries if not entry.has_prefix}
-    places: list[KernelFiles | UkiFiles] = [session.kernels(state)]
+    without_prefix = {entry.artifact() for entry in known if not entry.has_prefix}
+    places: list[KernelFiles | UkiFiles] = [KernelFiles(state.dirs.kernels)]
     if state.dirs.ukis is not None:
-        places.append(session.ukis(state))
+        places.append(UkiFiles(state.dirs.ukis))
+    dead = []
     for place in places:
         for found in place.found():
             if found.name not in used:
-                place.remove(found.name)
-                session.reporter.at("discard.artifact")
-        for name in place.unprefixed():
-            if name not in without_prefix:
-                place.remove_unprefixed(name)
-                session.reporter.at("discard.artifact")
+                size = bootfs.tree_bytes(found.path)
+                dead.append(DeadArtifact(place, found.name, prefixed=True, size=size))
+        dead += [
+            DeadArtifact(place, name, prefixed=False, size=0)
+            for name in place.unprefixed()
+            if name not in without_prefix
+        ]
+    return dead
+
+
+def sweep_artifacts(session: Session, state: HostState) -> None:
+    """Remove the dead artifacts of all that has an entry."""
+    for each in dead_artifacts(state, state.sets.entries):
+        each.remove()
+        session.reporter.at("discard.artifact")
 
 
 def _parsed(foreign: Foreign) -> Entry | None:
@@ -110,7 +149,20 @@ def staged_only_bytes(session: Session, state: HostState) -> int:
 
 
 def remove_temporary(session: Session, state: HostState) -> None:
-    """Remove what a crash left on the boot file system under temporary names."""
+    """Remove what a crash left under temporary names: on the boot file system, and beside files of ours."""
+    paths = session.paths
+    replaced = [
+        paths.transaction,
+        paths.pulls,
+        paths.expected_boot,
+        paths.made_tags,
+        *statedirs.origins(paths),
+    ]
+    if paths.marker_dir is not None:
+        replaced.append(paths.marker_dir / marker.NAME)
+    for path in replaced:
+        with bootfs.told(f"cannot clean up {path.parent}"):
+            durable.remove_replacements(path)
     if state.dirs.loader_dir is None:
         return
     session.store(state).remove_temporary()
@@ -123,7 +175,9 @@ def remove_temporary(session: Session, state: HostState) -> None:
 def unstage(session: Session, state: HostState) -> list[DeploymentId]:
     """Take back what is staged, the marker first: from then on nothing is; says which state went.
 
-    Points ``unstage.marker`` and ``unstage.entries``. Nothing staged is fine.
+    The entries go after the state: as long as they are there, recovery knows what remains to be removed.
+    Points ``unstage.marker``, ``discard.state``, ``unstage.entries`` and ``discard.artifact``. Nothing staged
+    is fine.
     """
     staged = set() if state.sets.staged is None else set(state.sets.staged.ids)
     if state.marker is not None:
@@ -132,7 +186,9 @@ def unstage(session: Session, state: HostState) -> list[DeploymentId]:
         # What is not staged any more is taken away to the end.
         session = session.steady()
     session.reporter.at("unstage.marker")
+    discarded = _discard_states(session, session.state(), sorted(staged), staged_too=True)
     if state.sets.staged is not None:
         session.store(state).remove_staged()
     session.reporter.at("unstage.entries")
-    return discard(session, sorted(staged))
+    sweep_artifacts(session, session.state())
+    return discarded

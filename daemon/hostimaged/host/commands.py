@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.boot.loader import Bootloader
 from hostimaged.composefs.repository import RepositoryMissing, Verity
 from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.host import softreboot
 from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.session import open_session
-from hostimaged.ids import ManifestDigest
+from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Phase, Silent
 from hostimaged.system import mounts
@@ -80,9 +81,18 @@ def _finalize(paths: HostPaths, lock_timeout: float) -> dict[str, Any]:
             FileLock(paths.job_lock, timeout=lock_timeout, what=str(paths.job_lock)),
             open_session(paths, Silent(), lock_timeout=lock_timeout) as session,
         ):
-            return finalize(session)
+            result = finalize(session)
+            if result["result"] == "finalized":
+                softreboot.renew(session, DeploymentId(result["deployment"]))
+            elif result["result"] == "download-only":
+                softreboot.cancel_staged(paths)
+            return result
     except RepositoryMissing:
         return {"result": "nothing-staged"}
+    except HostimageError:
+        with suppress(HostimageError):
+            softreboot.cancel_staged(paths)
+        raise
 
 
 def _make_run_directory(paths: HostPaths) -> None:

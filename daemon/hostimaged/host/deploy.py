@@ -27,8 +27,7 @@ from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
 from hostimaged.host.recover import recover, settle
-from hostimaged.host.tags import bootc_tag
-from hostimaged.oci import images
+from hostimaged.host.tags import tag_deployment
 from hostimaged.progress import Phase
 from hostimaged.system import durable
 
@@ -86,7 +85,7 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     _check_request(boot, request, arguments)
     session.reporter.at("deploy.image")
-    images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
+    tag_deployment(session.paths, session.repository, request.manifest_digest)
     session.repository.sync()
     session.reporter.at("deploy.tagged")
     state = settle(session)

@@ -65,10 +65,33 @@ def render(document: Any) -> str:
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
 
 
-def diff(
-    repository: Repository, state: HostState, old: DeploymentId, new: DeploymentId, reporter: Reporter
-) -> dict[str, Any]:
-    """What changes from ``old`` to ``new``, two deployments of ``state``, as a JSON document::
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Two deployments, with what is read of the host itself: the parameters that each is started with.
+
+    ``problem``: why these are not known, in words, "" if they are.
+    """
+
+    old: Deployment
+    new: Deployment
+    before: tuple[Parameter, ...] = ()
+    after: tuple[Parameter, ...] = ()
+    problem: str = ""
+
+    @classmethod
+    def read(cls, state: HostState, old: DeploymentId, new: DeploymentId) -> Both:
+        """Raises ``NoSuchDeployment``, ``PreconditionFailed`` for one with itself."""
+        one, two = state.get(old), state.get(new)
+        if one.id == two.id:
+            raise PreconditionFailed("a deployment does not differ from itself")
+        try:
+            return cls(one, two, _parameters(state, one), _parameters(state, two))
+        except HostimageError as error:
+            return cls(one, two, problem=f"the kernel arguments cannot be compared: {error.message}")
+
+
+def diff(repository: Repository, both: Both, reporter: Reporter) -> dict[str, Any]:
+    """What changes from one of ``both`` to the other, as a JSON document::
 
         from, to            id, version, image-digest
         files               added, removed, changed, metadata: how many; added-bytes, removed-bytes;
@@ -79,12 +102,9 @@ def diff(
         problems            what could not be compared, in words
         truncated           whether a list is not whole
 
-    Raises ``NoSuchDeployment``, ``PreconditionFailed`` for one with itself, ``ImageNotFound`` or another
-    error of the repository for a boot image that cannot be read.
+    Raises ``ImageNotFound`` or another error of the repository for a boot image that cannot be read.
     """
-    one, two = state.get(old), state.get(new)
-    if one.id == two.id:
-        raise PreconditionFailed("a deployment does not differ from itself")
+    one, two = both.old, both.new
     before = read_image(repository, one.id)
     reporter.at("diff.read")
     after = read_image(repository, two.id)
@@ -102,10 +122,9 @@ def diff(
         )
     except HostimageError as error:
         problems.append(error.message)
-    try:
-        _arguments(arguments, state, one, two)
-    except HostimageError as error:
-        problems.append(f"the kernel arguments cannot be compared: {error.message}")
+    if both.problem:
+        problems.append(both.problem)
+    _arguments(arguments, both)
     labels = _Part(_LABELS)
     if one.image is None or two.image is None:
         problems.append("the labels of an image are not known")
@@ -223,17 +242,16 @@ def _packages(part: _Part, old: Packages, new: Packages) -> None:
             part.add([kind, *map(shown, texts)])
 
 
-def _arguments(part: _Part, state: HostState, old: Deployment, new: Deployment) -> None:
-    before, after = _parameters(state, old), _parameters(state, new)
-    for kind, parameters, others in ((ADDED, after, before), (REMOVED, before, after)):
+def _arguments(part: _Part, both: Both) -> None:
+    for kind, parameters, others in ((ADDED, both.after, both.before), (REMOVED, both.before, both.after)):
         for parameter in parameters:
             if parameter not in others:
                 part.add([kind, shown(parameter.raw)])
 
 
-def _parameters(state: HostState, row: Deployment) -> list[Parameter]:
+def _parameters(state: HostState, row: Deployment) -> tuple[Parameter, ...]:
     """All but the one that names the deployment."""
-    return [each for each in cmdline_of(state.dirs, row).parameters if not each.names_deployment]
+    return tuple(each for each in cmdline_of(state.dirs, row).parameters if not each.names_deployment)
 
 
 def _labels(part: _Part, old: Mapping[str, str], new: Mapping[str, str]) -> None:

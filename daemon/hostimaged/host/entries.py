@@ -74,13 +74,14 @@ class EntrySet:
     """One set: its deployments' entries in menu order, other people's, and the files as they are.
 
     Of a ``user.cfg`` only entries of deployments are told apart; other people's are in ``menu`` alone, which
-    has them all in their order.
+    has them all in their order, and ``around`` has what is no entry.
     """
 
     entries: tuple[SetEntry, ...]
     raw: RawSet
     foreign: tuple[Foreign, ...] = ()
     menu: tuple[MenuEntry, ...] = ()
+    around: grubcfg.Surroundings = grubcfg.NOTHING_ELSE
 
     @property
     def ids(self) -> tuple[DeploymentId, ...]:
@@ -163,7 +164,8 @@ def parse_set(dirs: BootDirs, raw: RawSet, *, is_menu: bool) -> EntrySet:
     if is_menu:
         ((name, data),) = raw.files
         menu = tuple(grubcfg.parse_user_cfg(data, name))
-        return EntrySet(tuple(_menu_entries(name, menu)), raw, menu=menu)
+        around = grubcfg.parse_surroundings(data, name)
+        return EntrySet(tuple(_menu_entries(name, menu)), raw, menu=menu, around=around)
     found: dict[str, SetEntry] = {}
     foreign = []
     for name, data in raw.files:

@@ -31,7 +31,6 @@ from hostimaged.system import trees
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
-    from typing import Any
 
 #: Names in the current ``/etc``. Bounds the time of a shutdown, and the memory where all of them are new.
 MAX_NAMES: Final = 1_000_000
@@ -58,15 +57,11 @@ class Conflict:
         """For people."""
         return f"/etc/{printable(self.path)}: {self.reason}"
 
-    def as_dict(self) -> dict[str, str]:
-        """For status; what is not UTF-8 is escaped."""
-        return {"path": f"/etc/{printable(self.path)}", "reason": str(self.reason)}
-
 
 class EtcConflict(PreconditionFailed):
     """/etc cannot be merged: {detail}"""
 
-    hint = "hostimagectl status lists all conflicts"
+    hint = "rename or remove what is named in /etc, then try again: what else conflicts is named then"
 
     def __init__(self, conflicts: tuple[Conflict, ...]) -> None:
         shown = "; ".join(conflict.message for conflict in conflicts[:_SHOWN])
@@ -123,13 +118,9 @@ class MergePlan:
 
     @property
     def summary(self) -> dict[str, int]:
-        """Counts for status."""
+        """Counts, for the result."""
         lists = {"added": self.added, "modified": self.modified, "removed": self.removed}
         return {name: len(paths) for name, paths in lists.items()} | {"conflicts": len(self.conflicts)}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Counts and all conflicts, for status."""
-        return {"summary": self.summary, "conflicts": [conflict.as_dict() for conflict in self.conflicts]}
 
     def check(self) -> None:
         """Raise ``EtcConflict`` if there is any conflict."""

@@ -8,7 +8,6 @@ whoever comes second finds nothing to do.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.files import TreeFiles
@@ -83,11 +82,11 @@ def finalize(session: Session) -> dict[str, Any]:
 
 
 def _with_others_of_now(session: Session, state: HostState) -> HostState:
-    """Take entries of other programs as they are now, not as they were when the menu was staged."""
-    live, staged = live_menu(state), staged_menu(state)
-    if (live.others, live.other_entries) == (staged.others, staged.other_entries):
+    """Take what others have in the menu as it is now, not as it was when the menu was staged."""
+    staged = staged_menu(state)
+    menu = staged.with_others_of(live_menu(state))
+    if menu == staged:
         return state
-    menu = replace(staged, others=live.others, other_entries=live.other_entries)
     session.store(state).write_staged(menu.render(state.dirs.loader, is_menu=state.sets.is_menu))
     session.reporter.at("finalize.others")
     return session.state()
@@ -142,4 +141,5 @@ def _activate(session: Session, state: HostState, row: Deployment) -> None:
     session.reporter.at("finalize.marker")
     store.remove_staged()
     session.reporter.at("finalize.entries")
+    session.expect_garbage()
     # What the merge of /etc left is removed after the next boot (recover): a shutdown has no time for it.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from hostimaged.errors import HostimageError, ImageNotFound, InvalidArgs
 from hostimaged.host.imginfo import ImgInfo, read_imginfo
 from hostimaged.host.model import ImageFacts, Problem, ProblemId, Severity
+from hostimaged.host.tags import BOOTC_TAG
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci.images import StoredImage, manifest_stream, open_image, tags
 
@@ -77,7 +78,9 @@ class ImageSource:
         named = [
             name.removeprefix(_MANIFESTS) for name in self.repository.streams() if name.startswith(_MANIFESTS)
         ]
-        found = dict.fromkeys(tags(self.repository).values())
+        # Of several that say the same, that which already has the tag of a deployment.
+        tagged = sorted(tags(self.repository).items(), key=lambda tag: not tag[0].startswith(BOOTC_TAG))
+        found = dict.fromkeys(digest for _, digest in tagged)
         for text in named:
             try:
                 found[ManifestDigest(text)] = None

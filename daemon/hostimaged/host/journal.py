@@ -27,7 +27,7 @@ VERSION: Final = 1
 #: A journal is a dozen short strings and a few deployment ids.
 MAX_SIZE: Final = 64 << 10
 #: More deployments than any host has.
-_MAX_DISCARDED: Final = 256
+MAX_DISCARDED: Final = 256
 _MAX_TEXT: Final = 256
 _MAX_TIME: Final = 1 << 52
 
@@ -44,6 +44,10 @@ class Operation(StrEnum):
     #: Every change of the live entries alone: rollback, order, kernel arguments, deletion.
     ACTIVATE = "activate"
     DEPLOY = "deploy"
+    #: Removal of what nothing needs; ``discard`` are deployments of which something was left.
+    COLLECT = "collect"
+    #: A repository of old is brought to the present form.
+    UPGRADE = "upgrade"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def parse(raw: bytes, path: Path | str = "transaction.json") -> Transaction:
 
 def _transaction(document: dict[str, Any]) -> Transaction:
     target, state_dir, discard = document["target"], document["state_dir"], document["discard"]
-    if not isinstance(state_dir, bool) or not isinstance(discard, list) or len(discard) > _MAX_DISCARDED:
+    if not isinstance(state_dir, bool) or not isinstance(discard, list) or len(discard) > MAX_DISCARDED:
         raise ValueError
     return Transaction(
         operation=Operation(document["operation"]),

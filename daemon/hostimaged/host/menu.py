@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hostimaged.boot.bls import Entry
+from hostimaged.boot.grubcfg import NOTHING_ELSE
 from hostimaged.errors import BootLoaderError
 from hostimaged.host.bootwrite import Planned, render_bls, render_grub, system_of, with_options
 from hostimaged.host.entries import NOTHING
@@ -13,7 +14,7 @@ from hostimaged.host.entries import NOTHING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hostimaged.boot.grubcfg import MenuEntry
+    from hostimaged.boot.grubcfg import MenuEntry, Surroundings
     from hostimaged.boot.loader import Bootloader
     from hostimaged.host.bootsets import RawSet
     from hostimaged.host.entries import EntrySet
@@ -45,12 +46,14 @@ class MenuItem:
 class Menu:
     """The items in their order, the first boots next; and other people's entries, which are carried over.
 
-    ``others`` are files of a directory of entries, ``other_entries`` entries of a GRUB menu.
+    ``others`` are files of a directory of entries, ``other_entries`` entries of a GRUB menu, and ``around``
+    what is no entry there.
     """
 
     items: tuple[MenuItem, ...]
     others: tuple[tuple[str, bytes], ...] = ()
     other_entries: tuple[MenuEntry, ...] = ()
+    around: Surroundings = NOTHING_ELSE
 
     @classmethod
     def of(cls, entries: EntrySet | None) -> Menu:
@@ -65,11 +68,16 @@ class Menu:
             tuple(items.values()),
             tuple((name, data) for name, data in entries.raw.files if name not in ours),
             tuple(entry for entry in entries.menu if entry.deployment_id() is None),
+            entries.around,
         )
 
     def item(self, id_: DeploymentId) -> MenuItem | None:
         """The item of a deployment."""
         return next((item for item in self.items if item.id == id_), None)
+
+    def with_others_of(self, menu: Menu) -> Menu:
+        """A copy with what other people have in ``menu``, in place of what they have in this one."""
+        return replace(self, others=menu.others, other_entries=menu.other_entries, around=menu.around)
 
     def having(self, items: Sequence[MenuItem]) -> Menu:
         """A copy with these items."""
@@ -93,7 +101,7 @@ class Menu:
         """The files of the menu, ``is_menu`` for GRUB's own; raises ``BootLoaderError``."""
         if is_menu:
             ours = [item.entry for item in self.items if not isinstance(item.entry, Entry)]
-            return render_grub([*ours, *self.other_entries])
+            return render_grub([*ours, *self.other_entries], self.around)
         planned = [Planned(item.entry, item.os_id) for item in self.items if isinstance(item.entry, Entry)]
         return render_bls(loader, planned, self.others)
 

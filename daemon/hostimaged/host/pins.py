@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.errors import PreconditionFailed
 from hostimaged.host import reorder
-from hostimaged.host.tags import pin_tag
+from hostimaged.host.tags import pin_tag, stream_ref
 from hostimaged.oci import images
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def set_pinned(session: Session, id_: DeploymentId, *, pinned: bool) -> dict[str
     if pinned:
         images.tag(repository, pin_tag(digest), digest)
     else:
-        repository.remove_stream_ref(f"{images.TAGS}/{images.encode_tag(pin_tag(digest))}")
+        repository.remove_stream_ref(stream_ref(pin_tag(digest)))
     session = session.steady()
     session.reporter.at("pin.tagged")
     repository.sync()

@@ -23,7 +23,6 @@ from hostimaged.host.marker import read_marker
 from hostimaged.host.model import Deployment, HostState, Problem, ProblemId, Role, Severity
 from hostimaged.host.rows import RowFacts, read_row
 from hostimaged.host.softcheck import SoftRebootCheck
-from hostimaged.host.statedirs import deploy_directory
 from hostimaged.host.tags import PIN_TAG
 from hostimaged.ids import DeploymentId
 from hostimaged.oci.images import tags
@@ -52,15 +51,13 @@ def read_host(
     paths: HostPaths,
     repository: Repository | None,
     *,
-    esp: Path | None = None,
     bootloader: Bootloader | None = None,
     soft_reboots: bool = False,
 ) -> HostState:
     """What is installed on this host; ``repository`` is None where it cannot be opened. Never raises.
 
-    ``esp``: where the caller has mounted the ESP, if it is not mounted for all. ``bootloader``: which one
-    there is, where nobody can be asked (an offline install). ``soft_reboots``: whether to find out what can
-    be reached by one, which reads the SELinux policies where SELinux is on.
+    ``bootloader``: which one there is, where nobody can be asked (an offline install). ``soft_reboots``:
+    whether to find out what can be reached by one, which reads the SELinux policies where SELinux is on.
     """
     reader = _Reader(paths, repository)
     no_mounts: list[Mount] = []
@@ -70,7 +67,7 @@ def read_host(
         bootloader = reader.attempt(
             ProblemId.BOOT_DIRECTORY, lambda: loader.detect(paths.efivars), Bootloader.GRUB
         )
-    dirs, sets = reader.boot_sets(candidates(paths, bootloader, table, esp=esp), booted)
+    dirs, sets = reader.boot_sets(candidates(paths, bootloader, table), booted)
     marker = reader.attempt(ProblemId.MARKER_DAMAGED, lambda: read_marker(paths.marker_dir), None)
     rows = reader.rows(dirs, sets, booted, marker)
     if soft_reboots:
@@ -158,7 +155,7 @@ class _Reader:
         if booted is not None:
             ids.append(booted.id)
         facts = RowFacts(
-            deploy=deploy_directory(self.paths),
+            deploy=self.paths.deployments,
             repository=self.repository,
             images=None if self.repository is None else ImageSource(self.repository),
             dirs=dirs,

@@ -101,6 +101,14 @@ def _finish(session: Session, state: HostState, transaction: Transaction) -> lis
             if live == transaction.after:
                 return cleanup.discard(session, transaction.discard)
             return _undo(session, transaction)
+        case Operation.UPGRADE:
+            from hostimaged.oci.upgrade import upgrade_images
+
+            upgrade_images(session.repository, session.reporter)
+            return []
+        case Operation.COLLECT:
+            # The rest is garbage as it was: the next collection finds it.
+            return cleanup.discard(session, transaction.discard)
 
 
 def _undo(session: Session, transaction: Transaction) -> list[DeploymentId]:
@@ -126,7 +134,16 @@ def _finish_finalize(
             # The marker was locked for the exchange, which did not come.
             session.write_marker(Marker(transaction.target, finalization_locked=False))
         _clean_etc(session, transaction.target, etcmerge.undo)
+    elif not _is_started(state, transaction.target):
+        # Another tool has acted, but has not activated it: of the merge nothing is used.
+        _clean_etc(session, transaction.target, etcmerge.undo)
     return []
+
+
+def _is_started(state: HostState, id_: DeploymentId | None) -> bool:
+    """Whether a deployment runs, or is in the menu."""
+    live = () if state.sets.live is None else state.sets.live.ids
+    return id_ in live or (state.booted is not None and state.booted.id == id_)
 
 
 def _clean_etc(session: Session, target: DeploymentId | None, clean: Callable[[int], None]) -> None:

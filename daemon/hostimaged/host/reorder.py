@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = (
     "activate.journal",
     "unstage.marker",
+    "discard.state",
     "unstage.entries",
     "activate.entries",
-    "discard.state",
     "discard.artifact",
     "activate.done",
 )

@@ -8,13 +8,13 @@ is asked for, so everything is read again then (architecture.md, rule 7).
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.composefs.repository import Repository
 from hostimaged.errors import BootLoaderError, Cancelled, HostimageError
-from hostimaged.host import marker
+from hostimaged.host import espmount, marker
 from hostimaged.host.artifacts import KernelFiles, UkiFiles
 from hostimaged.host.bootdirs import mount_table
 from hostimaged.host.booted import read_booted
@@ -43,9 +43,8 @@ DEFAULT_LOCK_TIMEOUT: Final = 60.0
 class Session:
     """An operation under way; made by ``open_session``.
 
-    ``work`` is a private directory on the file system of the physical root, gone at the end. ``esp`` is where
-    the caller mounted the ESP, if it is not mounted for all; ``bootloader`` is given where nobody can be
-    asked, as in an offline install.
+    ``work`` is a private directory on the file system of the physical root, gone at the end. ``bootloader``
+    is given where nobody can be asked, as in an offline install. ``ends`` is what ends with it.
     """
 
     paths: HostPaths
@@ -53,23 +52,27 @@ class Session:
     reporter: Reporter
     work: Path
     lock_timeout: float
-    esp: Path | None = None
+    ends: ExitStack
     bootloader: Bootloader | None = None
 
     def state(self) -> HostState:
         """What is on the host now."""
-        return read_host(self.paths, self.repository, esp=self.esp, bootloader=self.bootloader)
+        return read_host(self.paths, self.repository, bootloader=self.bootloader)
 
     def exclusive(self) -> HostState:
-        """Exchange the shared lock for the exclusive one and read the host again.
+        """Exchange the shared lock for the exclusive one and read the host again, from now on with the ESP.
 
-        Raises ``LockTimeout``; then the operation is over, no lock is held.
+        Raises ``LockTimeout``; then the operation is over, no lock is held. Raises ``BootLoaderError`` if the
+        ESP cannot be mounted.
         """
         self.repository.relock(
             exclusive=True,
             lock_timeout=self.lock_timeout,
             check=lambda: self.reporter.at("host.locking"),
         )
+        # Not before: with the lock no bootc has it mounted in another way, nor do we keep one waiting.
+        if not self.paths.esp_sought:
+            self.paths = self.ends.enter_context(espmount.reached(self.paths, writable=True))
         return self.state()
 
     def store(self, state: HostState) -> BootSetStore:
@@ -108,6 +111,16 @@ class Session:
         with told("cannot remove the mark of the staged deployment"):
             (directory / marker.NAME).unlink(missing_ok=True)
 
+    def expect_garbage(self) -> None:
+        """A deployment goes, or another is about to: what that leaves is collected, at the latest next boot.
+
+        Not synced: a lost note costs space for a while.
+        """
+        path = self.paths.collection_due
+        with told(f"cannot write {path}"):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.touch()
+
     def steady(self) -> Session:
         """The same session, in which nobody can be told to stop: after a commit point, and to take back."""
         return replace(self, reporter=_Steady(self.reporter))
@@ -144,7 +157,6 @@ def open_session(
     reporter: Reporter,
     *,
     lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
-    esp: Path | None = None,
     bootloader: Bootloader | None = None,
 ) -> Iterator[Session]:
     """Begin an operation, for which the caller holds the job lock, under the repository's shared lock.
@@ -160,8 +172,8 @@ def open_session(
     )
     with repository:
         repository.check_writable()
-        with private_directory(paths.temporary, "host-") as work:
-            yield Session(paths, repository, reporter, work, lock_timeout, esp, bootloader)
+        with private_directory(paths.temporary, "host-") as work, ExitStack() as ends:
+            yield Session(paths, repository, reporter, work, lock_timeout, ends, bootloader)
 
 
 def optional_verity(paths: HostPaths) -> bool:

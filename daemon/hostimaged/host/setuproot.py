@@ -59,11 +59,16 @@ class Files(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SetupRoot:
-    """The configuration; without one, and for what it leaves out, the defaults."""
+    """The configuration; without one, and for what it leaves out, the defaults.
+
+    ``var_given``: it says something about ``/var``, which counts even where the kernel's command line asks
+    for a volatile one.
+    """
 
     transient_root: bool = False
     etc: MountMode = MountMode.BIND
     var: MountMode = MountMode.BIND
+    var_given: bool = False
 
     @classmethod
     def parse(cls, data: bytes) -> SetupRoot:
@@ -84,6 +89,7 @@ class SetupRoot:
             transient_root=_flag(_section(parsed, "root"), "root"),
             etc=_mode(_section(parsed, "etc"), "etc"),
             var=_mode(_section(parsed, "var"), "var"),
+            var_given=not _section(parsed, "var").keys().isdisjoint(("mount", "transient")),
         )
 
     @classmethod

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.boot.files import DirectoryFiles, TreeFiles
-from hostimaged.errors import HostimageError, NotSupported
+from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.host.arguments import cmdline_of
 from hostimaged.host.etctree import open_image_tree
 from hostimaged.host.model import Deployment, Role, SoftReboot
@@ -79,9 +79,9 @@ class SoftRebootCheck:
 
 
 def require_systemd(usr: Path) -> None:
-    """Raises ``NotSupported`` if systemd of the running host knows no soft reboots."""
+    """Raises ``PreconditionFailed`` if systemd of the running host knows no soft reboots."""
     if not (usr / _TARGET).exists():
-        raise NotSupported("this host's systemd has no soft reboot: it needs version 254")
+        raise PreconditionFailed("this host's systemd has no soft reboot: it needs version 254")
 
 
 def policy_digest(files: ImageFiles, etc: str) -> str:

@@ -20,6 +20,7 @@ from hostimaged.errors import BootLoaderError, HostimageError, NothingStaged, Pr
 from hostimaged.host import bootimage, cleanup, etcmerge, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.etctree import read_image, subdirectory
+from hostimaged.host.followed import followed
 from hostimaged.host.journal import Operation, Transaction
 from hostimaged.host.marker import Marker
 from hostimaged.host.menu import Menu, live_menu
@@ -29,8 +30,7 @@ from hostimaged.host.origin import Origin
 from hostimaged.host.prefix import migrate
 from hostimaged.host.recover import recover, settle
 from hostimaged.host.setuproot import SetupRoot
-from hostimaged.host.tags import bootc_tag
-from hostimaged.oci import images
+from hostimaged.host.tags import tag_deployment
 from hostimaged.oci.times import microseconds
 from hostimaged.progress import Phase
 
@@ -51,8 +51,8 @@ FAULT_POINTS: Final = (
     "stage.planned",
     "stage.journal",
     "unstage.marker",
-    "unstage.entries",
     "discard.state",
+    "unstage.entries",
     "discard.artifact",
     "stage.kernel",
     "stage.etc",
@@ -104,13 +104,12 @@ def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     staged that was not, and what was made is taken back; what was staged before may be gone.
     """
     session.reporter.phase(Phase.STAGING)
-    image = images.open_image(session.repository, request.manifest_digest)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
     session.reporter.at("stage.image")
-    images.tag(session.repository, bootc_tag(request.manifest_digest), request.manifest_digest)
+    tag_deployment(session.paths, session.repository, request.manifest_digest)
     session.repository.sync()
     session.reporter.at("stage.tagged")
-    return _Stage(session, request, image, boot, settle(session)).run()
+    return _Stage(session, request, boot, settle(session)).run()
 
 
 def unlock(session: Session) -> dict[str, Any]:
@@ -144,25 +143,17 @@ class _Stage:
         self,
         session: Session,
         request: StageRequest,
-        image: StoredImage,
         boot: BootImage,
         state: HostState,
     ) -> None:
         self._session = session
         self._request = request
-        self._image = image
+        self._image = boot.image
         self._boot = boot
         self._state = state
         self._at = session.reporter.at
         self.id: DeploymentId = boot.id
-        self._reference = self._followed()
-
-    def _followed(self) -> OriginReference:
-        """The reference to write: of the same image as before it stays as it is, with what it demands."""
-        wanted = self._request.reference
-        rows = (self._state.staged_deployment, self._state.booted_deployment)
-        known = [row.origin.reference for row in rows if row is not None and row.origin is not None]
-        return next((each for each in known if each is not None and each.names_same(wanted)), wanted)
+        self._reference = followed(state, request.reference)
 
     def run(self) -> dict[str, Any]:
         """Decide, check, write."""
@@ -209,6 +200,7 @@ class _Stage:
         self._at("stage.entries")
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
         session.steady().reporter.at("stage.marker")
+        session.expect_garbage()
 
     def _known(self) -> dict[str, Any] | None:
         """The result if this deployment is there already."""
@@ -293,7 +285,7 @@ class _Stage:
         room = max(self._request.max_entries, BOOTC_ENTRIES) - len(items)
         pinned = [row.id for row in self._state.deployments if row.pinned]
         items += [item for item in live.items if item.id in pinned and item.id != base.id][:room]
-        menu = Menu(tuple(items), live.others, live.other_entries)
+        menu = Menu(tuple(items)).with_others_of(live)
         return menu.render(self._state.dirs.loader, is_menu=is_menu)
 
     def _options(self, new: NewDeployment, base: Deployment, base_tree: Directory) -> Cmdline:

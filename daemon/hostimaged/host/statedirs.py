@@ -7,18 +7,20 @@ of a deployment is complete. It is removed the other way round. Facts: deploymen
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.errors import InvalidArgs
 from hostimaged.host import bootfs
 from hostimaged.host.bootfs import told
 from hostimaged.host.origin import origin_name
+from hostimaged.ids import DeploymentId
 from hostimaged.system import durable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hostimaged.host.origin import Origin
-    from hostimaged.ids import DeploymentId
     from hostimaged.system.paths import HostPaths
 
 #: The one ``/var`` of all deployments, as the link in each of them has it.
@@ -27,14 +29,24 @@ ETC: Final = "etc"
 VAR: Final = "var"
 
 
-def deploy_directory(paths: HostPaths) -> Path:
-    """Holds a directory for each deployment."""
-    return paths.physical_root / "state/deploy"
-
-
 def state_directory(paths: HostPaths, id_: DeploymentId) -> Path:
     """The directory of a deployment."""
-    return deploy_directory(paths) / str(id_)
+    return paths.deployments / str(id_)
+
+
+def origins(paths: HostPaths) -> list[Path]:
+    """Where the origins of all deployments are, or would be. Raises ``StorageError``."""
+    deploy = paths.deployments
+    with told(f"cannot read {deploy}"):
+        try:
+            names = os.listdir(deploy)
+        except FileNotFoundError:
+            return []
+    found = []
+    for name in names:
+        with suppress(InvalidArgs):
+            found.append(deploy / name / origin_name(DeploymentId(name)))
+    return found
 
 
 def shared_var(paths: HostPaths) -> Path:
@@ -61,7 +73,7 @@ def finish(paths: HostPaths, built: Path, id_: DeploymentId, origin: Origin) -> 
 
     Raises ``StorageError`` if there is a directory of that name.
     """
-    deploy = deploy_directory(paths)
+    deploy = paths.deployments
     with told(f"cannot make {state_directory(paths, id_)}"):
         durable.replace_file(built / origin_name(id_), origin.serialise())
         deploy.mkdir(0o755, parents=True, exist_ok=True)

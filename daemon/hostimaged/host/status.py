@@ -6,29 +6,60 @@ scan. Nothing here takes a lock, writes, or raises for damage.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.composefs.repository import Repository, RepositoryMissing
-from hostimaged.errors import HostimageError
-from hostimaged.host import bootc_v1
+from hostimaged.errors import BootLoaderError, HostimageError
+from hostimaged.host import bootc_v1, espmount
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
+from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.system.paths import HostPaths
 
 
-def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
+def scan(
+    paths: HostPaths,
+    *,
+    whole: bool = False,
+    used: bool = True,
+    reclaimable: Callable[[Repository, HostState], int | None] | None = None,
+) -> dict[str, Any]:
     """Everything that the status cache has (``bus.findings.Findings``).
 
-    The repository is opened once. ``esp``: where the caller has mounted the ESP, if it is not mounted.
+    The repository is opened once, and so is the ESP, which is given back. ``whole``: not without the ESP;
+    raises ``BootLoaderError`` if it cannot be mounted, which else is a problem. ``used``: whether to find out
+    how much the objects take, and ``reclaimable`` how many bytes a collection of garbage would free; both
+    take long.
     """
     problems: list[Problem] = []
+    try:
+        paths = espmount.seek(paths)
+    except BootLoaderError as error:
+        if whole:
+            raise
+        problems.append(Problem(ProblemId.BOOT_DIRECTORY, error.message))
+        paths = replace(paths, esp_sought=True)
+    try:
+        return _scan(paths, problems, used=used, reclaimable=reclaimable)
+    finally:
+        espmount.release(paths)
+
+
+def _scan(
+    paths: HostPaths,
+    problems: list[Problem],
+    *,
+    used: bool,
+    reclaimable: Callable[[Repository, HostState], int | None] | None,
+) -> dict[str, Any]:
     try:
         repository = Repository.open_unlocked(paths.repository)
     except RepositoryMissing:
@@ -37,8 +68,11 @@ def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
         repository = None
         problems.append(Problem(ProblemId.REPOSITORY, error.message))
     try:
-        found = scan_repository(paths, repository)
-        state = read_host(paths, repository, esp=esp, soft_reboots=True)
+        found = scan_repository(paths, repository, used=used)
+        state = read_host(paths, repository, soft_reboots=True)
+        found["contents"] = "" if repository is None else contents_of(repository, state)
+        if reclaimable is not None and repository is not None and found["repository"] is not None:
+            found["repository"]["reclaimable"] = reclaimable(repository, state)
     finally:
         if repository is not None:
             repository.close()
@@ -50,8 +84,12 @@ def scan(paths: HostPaths, *, esp: Path | None = None) -> dict[str, Any]:
 
 
 def deployments(state: HostState) -> dict[str, Any]:
-    """``deployments``, ``rollback-queued`` and ``host`` of the findings."""
+    """``deployments``, ``rollback-queued``, ``unsettled`` and ``host`` of the findings.
+
+    ``unsettled``: there is a staged set that nothing will activate, as after a power cut.
+    """
     return {
+        "unsettled": state.marker is None and state.sets.staged is not None,
         "deployments": [_row(row, place) for place, row in enumerate(state.visible)],
         "rollback-queued": state.rollback_queued,
         "host": None if not state.visible else _host(state),
@@ -103,4 +141,8 @@ def _row(row: Deployment, place: int) -> dict[str, Any]:
 
 
 def _problem(problem: Problem) -> dict[str, str]:
-    return {"id": str(problem.id), "severity": str(problem.severity), "text": shown(problem.text)}
+    return {
+        "id": str(problem.id),
+        "severity": str(problem.severity),
+        "text": shown(espmount.public(problem.text)),
+    }

@@ -23,6 +23,7 @@ from hostimaged.jobs.events import (
     PausedEvent,
     PhaseEvent,
     ResultEvent,
+    SizesEvent,
     StatusEvent,
     TotalsEvent,
     encode_event,
@@ -177,6 +178,10 @@ class Channel:
     def status(self, status: dict[str, Any]) -> None:
         """What a scan found."""
         self._send(StatusEvent(status=status))
+
+    def sizes(self, contents: str, used: int, exclusive: dict[str, int]) -> None:
+        """How much space is taken."""
+        self._send(SizesEvent(contents=contents, used=used, exclusive=exclusive))
 
     def result(self, result: dict[str, Any]) -> None:
         """The work is done."""

@@ -66,6 +66,15 @@ class StatusEvent(_Event):
     status: dict[str, Any]
 
 
+class SizesEvent(_Event):
+    """How much space is taken (``hostimaged.host.sizes.Sizes``), by the ids of deployments."""
+
+    event: Literal["sizes"] = "sizes"
+    contents: str = Field(max_length=128)
+    used: _Size
+    exclusive: dict[Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")], _Size]
+
+
 class AloneEvent(_Event):
     """The job needs the repository alone, or does not any more; it waits until it is told that it has it."""
 
@@ -102,6 +111,7 @@ Event = (
     | GeneratingEvent
     | MessageEvent
     | StatusEvent
+    | SizesEvent
     | AloneEvent
     | PausedEvent
     | ResultEvent

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import JobState, Phase, job_path
 from hostimaged.errors import HostimageError, Internal, LimitsExceeded
+from hostimaged.jobs.operations import SoftReboot
 from hostimaged.jobs.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,18 +35,26 @@ class Initiator:
     unit: str = ""
 
 
+class Apply(IntEnum):
+    """What follows a job that is done, if that starts something else; what is more stands behind."""
+
+    NONE = 0
+    SOFT_REBOOT = 1
+    REBOOT = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """How a job is to be run, besides what it does.
 
     ``background``: nobody waits for it, so that it obeys holds and gives way to users. The others: holds
-    that do not count for it. ``reboot``: once it is done, if that starts something else.
+    that do not count for it. ``apply``: what follows.
     """
 
     background: bool = False
     allow_metered: bool = False
     allow_on_battery: bool = False
-    reboot: bool = False
+    apply: Apply = Apply.NONE
 
     def __or__(self, other: Terms) -> Terms:
         """What satisfies those who asked for either."""
@@ -52,7 +62,7 @@ class Terms:
             background=self.background and other.background,
             allow_metered=self.allow_metered or other.allow_metered,
             allow_on_battery=self.allow_on_battery or other.allow_on_battery,
-            reboot=self.reboot or other.reboot,
+            apply=max(self.apply, other.apply),
         )
 
     def obeyed(self, holds: Sequence[str]) -> tuple[str, ...]:
@@ -86,7 +96,8 @@ class Job:
     """One job. Times are microseconds since the epoch, 0 for not yet.
 
     ``joiners``: who asked for it and has not withdrawn, as unique names by uid. ``background``: how it was
-    started; ``terms`` change with who joins. ``rank``: its place among those that wait.
+    started; ``terms`` change with who joins. ``rank``: its place among those that wait. ``decided``: whether
+    a soft reboot is prepared or not.
     """
 
     id: int
@@ -97,6 +108,7 @@ class Job:
     joiners: dict[int, set[str]] = field(default_factory=dict)
     hold_reasons: tuple[str, ...] = ()
     preempted: bool = False
+    decided: bool = False
     background: bool = field(init=False)
     created: int = field(default_factory=now_usec)
     state: JobState = JobState.QUEUED
@@ -156,6 +168,17 @@ class Job:
         self.hold_reasons = reasons
         self.state = JobState.HELD if reasons else JobState.QUEUED
         return True
+
+    def following(self) -> SoftReboot | None:
+        """What is to be done besides, once its own work is done; from now on that does not change."""
+        self.decided = True
+        if self.terms.apply is not Apply.SOFT_REBOOT:
+            return None
+        return SoftReboot(lock_timeout=self.operation.lock_timeout)
+
+    def can_take(self, terms: Terms) -> bool:
+        """Whether it is not too late to do it in this way, too."""
+        return not self.decided or terms.apply is not Apply.SOFT_REBOOT or self.terms.apply >= terms.apply
 
     def join(self, who: Initiator, terms: Terms) -> None:
         """Let ``who`` ask for it as well; raises ``LimitsExceeded`` if too many of their programs do."""

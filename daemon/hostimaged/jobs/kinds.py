@@ -53,4 +53,6 @@ KINDS: Final = {
     "kargs": Kind(Access.ALONE, "staging"),
     "unify": Kind(Access.ALONE, "pulling"),
     "recover": Kind(Access.ALONE, "staging"),
+    # Never a job of its own: what jobs end with.
+    "soft-reboot": Kind(Access.ALONE, "staging"),
 }

@@ -34,13 +34,17 @@ class Lane(IntEnum):
 
 
 def in_slices(job: Job) -> bool:
-    """Whether the job holds the lock of the repository in slices, and pauses when it is asked to."""
-    return KINDS[job.kind].access is Access.SLICES
+    """Whether the job holds the lock of the repository in slices, and pauses when it is asked to.
+
+    So does one that only tells what a job which needs the repository alone would do.
+    """
+    access = KINDS[job.kind].access
+    return access is Access.SLICES or (access is Access.ALONE and not job.operation.changes)
 
 
 def lane_of(job: Job) -> Lane:
     """Where the job would start now."""
-    if job.operation.mutating:
+    if job.operation.changes:
         return Lane.MUTATING
     return Lane.BACKGROUND if job.terms.background else Lane.READING
 
@@ -145,7 +149,12 @@ class Lanes:
         return any(job.kind == kind and job.initiator.uid == uid for job in self.jobs)
 
     def _yields(self, job: Job) -> bool:
-        return lane_of(job) is Lane.BACKGROUND and (self._wanted() or (self.alone and in_slices(job)))
+        if not job.terms.background:
+            return False
+        if lane_of(job) is Lane.BACKGROUND and self.alone and in_slices(job):
+            return True
+        # What would be stopped for a user at once does not start either.
+        return (lane_of(job) is Lane.BACKGROUND or job.operation.gives_way) and self._wanted()
 
     def _wanted(self) -> bool:
         """Whether somebody waits for any job."""

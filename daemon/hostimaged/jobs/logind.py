@@ -24,6 +24,16 @@ NAME: Final = "org.freedesktop.login1"
 PATH: Final = "/org/freedesktop/login1"
 MANAGER: Final = "org.freedesktop.login1.Manager"
 SESSION: Final = "org.freedesktop.login1.Session"
+_SYSTEMD: Final = "org.freedesktop.systemd1"
+_SYSTEMD_PATH: Final = "/org/freedesktop/systemd1"
+_SYSTEMD_MANAGER: Final = "org.freedesktop.systemd1.Manager"
+#: SD_LOGIND_SOFT_REBOOT, since systemd 254.
+_SOFT_REBOOT: Final = 1 << 2
+#: Errors of the bus, and of a logind that does not know of soft reboots.
+_ABSENT: Final = frozenset(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in ("ServiceUnknown", "NameHasNoOwner", "UnknownMethod", "InvalidArgs")
+)
 #: Seconds logind gets. It answers at once, or is being started.
 _TIMEOUT: Final = 10.0
 #: Sessions of others that are looked at; that so many are nobody's is not to be believed.
@@ -94,6 +104,26 @@ class Logind:
             await self._call(PATH, MANAGER, "Reboot", "b", [False])
         except BusError as error:
             _logger.warning("host.reboot-failed", error=error.name, detail=error.message)
+
+    async def soft_reboot(self) -> None:
+        """Restart all but the kernel, in order, from the root that is prepared. Errors are logged.
+
+        Not by systemd's own method of that name, which stops no service first, and so finalizes nothing.
+        """
+        _logger.info("host.soft-reboot")
+        try:
+            try:
+                await self._call(PATH, MANAGER, "RebootWithFlags", "t", [_SOFT_REBOOT])
+            except BusError as error:
+                if error.name not in _ABSENT:
+                    raise
+                # systemctl does the same where there is no logind.
+                body = ["soft-reboot.target", "replace-irreversibly"]
+                await self._connection.call(
+                    _SYSTEMD, _SYSTEMD_PATH, _SYSTEMD_MANAGER, "StartUnit", "ss", body, timeout=_TIMEOUT
+                )
+        except BusError as error:
+            _logger.warning("host.soft-reboot-failed", error=error.name, detail=error.message)
 
     async def _call(
         self, path: str, interface: str, member: str, signature: str = "", body: Sequence[object] = ()

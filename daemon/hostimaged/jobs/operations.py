@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 MAX_ORDER: Final = 64 << 10
 
 
+#: In the result of a job that a soft reboot was to follow: whether what boots next is prepared, or what runs.
+SOFT_REBOOT: Final = "soft-reboot"
+PREPARED: Final = "prepared"
+NOT_NEEDED: Final = "not-needed"
+
+
 class Profile(StrEnum):
     """Privileges of a worker, chosen before it reads its first byte of input."""
 
@@ -39,6 +45,9 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
     Profile.SCAN: frozenset({Capability.DAC_READ_SEARCH}),
     Profile.PULL: frozenset({Capability.DAC_READ_SEARCH}),
     # Deployments: trees of any owner, device nodes and attributes of any kind in their /etc, mounts.
+    # SYS_ADMIN and SYS_CHROOT are also what it takes to enter the mount namespace of the host, where systemd
+    # looks for the root that a soft reboot starts. To open that namespace takes SYS_PTRACE as well, which is
+    # used before anything is read, and not kept.
     Profile.HOST: frozenset(
         {
             Capability.CHOWN,
@@ -50,6 +59,7 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.MKNOD,
             Capability.SETFCAP,
             Capability.SYS_ADMIN,
+            Capability.SYS_CHROOT,
         }
     ),
     Profile.PULL_STORAGE: frozenset(
@@ -76,14 +86,22 @@ _Id = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 class _Operation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    #: Whether the job lock is held for the whole operation, and only one such job runs.
+    #: Whether jobs of this kind change something: see ``changes``.
     mutating: ClassVar[bool] = True
     #: Whether it writes below the physical root though it is not mutating.
     writes: ClassVar[bool] = False
     #: Whether a background job of this kind is stopped, and queued again, for any job of a user.
     gives_way: ClassVar[bool] = False
-    #: Whether each user but root may have one job of this kind wait or run.
-    one_per_user: ClassVar[bool] = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether the job lock is held for the whole operation, and only one such job runs."""
+        return self.mutating
+
+    @property
+    def one_per_user(self) -> bool:
+        """Whether each user but root may have one job of this kind wait or run."""
+        return False
 
     @property
     def identity(self) -> Hashable:
@@ -263,10 +281,107 @@ class KernelArguments(_HostOperation):
     remove: tuple[str, ...] = Field(default=(), max_length=64)
 
 
+class SoftReboot(_HostOperation):
+    """Prepare what boots next for a soft reboot: the last thing a job does whose callers want one."""
+
+    kind: Literal["soft-reboot"] = "soft-reboot"
+
+
 class Recover(_HostOperation):
     """Finish or take back what was interrupted."""
 
     kind: Literal["recover"] = "recover"
+
+
+class _Rules(_HostOperation):
+    """What the settings say of images that are pulled (``hostimaged.host.collectplan.Rules``)."""
+
+    tracked: str = Field(default="", max_length=MAX_LENGTH)
+    keep_pulled: int = Field(default=30, ge=0)
+    minimum_free: int = Field(default=0, ge=0)
+
+
+class Collect(_Rules):
+    """Remove what no deployment, pin or tag needs; or only tell what that would be."""
+
+    gives_way = True
+
+    kind: Literal["collect"] = "collect"
+    dry_run: bool = False
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.dry_run)
+
+    @property
+    def changes(self) -> bool:
+        """See ``_Operation``."""
+        return not self.dry_run
+
+    @property
+    def one_per_user(self) -> bool:
+        """See ``_Operation``."""
+        return self.dry_run
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN if self.dry_run else Profile.HOST
+
+
+class Explain(_Rules):
+    """Tell why ``what`` is kept: an object, an image, a stream or a deployment."""
+
+    mutating = False
+
+    kind: Literal["explain"] = "explain"
+    what: str = Field(max_length=MAX_LENGTH)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.what)
+
+    @property
+    def target(self) -> str:
+        """What the job works on, for people."""
+        return self.what
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN
+
+
+class Repair(_HostOperation):
+    """Get again what is damaged in the repository; or only tell what that would be."""
+
+    kind: Literal["repair"] = "repair"
+    dry_run: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """See ``_Operation``."""
+        return not self.dry_run
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs: images may come out of containers-storage."""
+        return Profile.SCAN if self.dry_run else Profile.PULL_STORAGE
+
+
+class Verify(_HostOperation):
+    """Compare everything in the repository with its digests."""
+
+    mutating = False
+
+    kind: Literal["verify"] = "verify"
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.SCAN
 
 
 class Check(_OfImage):
@@ -283,7 +398,6 @@ class Diff(_Operation):
     """Tell what changes from ``deployment`` to ``other``."""
 
     mutating = False
-    one_per_user = True
 
     kind: Literal["diff"] = "diff"
     deployment: _Id
@@ -294,6 +408,11 @@ class Diff(_Operation):
     def identity(self) -> Hashable:
         """See ``_Operation``."""
         return (self.kind, self.deployment, self.other)
+
+    @property
+    def one_per_user(self) -> bool:
+        """See ``_Operation``."""
+        return True
 
     @property
     def target(self) -> str:
@@ -328,11 +447,15 @@ class SetPolicy(_Operation):
 
 
 class Scan(_Operation):
-    """Read the state of the host; changes nothing and takes no lock."""
+    """Read the state of the host; changes nothing and takes no lock.
+
+    ``known``: the contents of the repository for which the sizes of deployments are known.
+    """
 
     mutating = False
 
     kind: Literal["scan"] = "scan"
+    known: str = Field(default="", max_length=128)
     lock_timeout: float = 0.0
 
     @property
@@ -360,7 +483,12 @@ Operation = Annotated[
     | Delete
     | Pin
     | KernelArguments
-    | Recover,
+    | SoftReboot
+    | Recover
+    | Collect
+    | Explain
+    | Repair
+    | Verify,
     Field(discriminator="kind"),
 ]
 

@@ -159,7 +159,7 @@ class Worker:
             "--fd", str(theirs.fileno()),
             "--profile", str(operation.profile),
             "--parent", str(os.getpid()),
-            *self._writable(operation),
+            *self._privileged(operation),
         )  # fmt: skip
         return await asyncio.create_subprocess_exec(
             *self._settings.command,
@@ -172,10 +172,16 @@ class Worker:
             env=_environment(os.environ),
         )
 
-    def _writable(self, operation: Operation) -> tuple[str, ...]:
-        """On a running host the physical root is a read-only mount; so may be where it boots from."""
-        if self._settings.root is not None or not (operation.mutating or operation.writes):
+    def _privileged(self, operation: Operation) -> tuple[str, ...]:
+        """What a worker on a running host does before it gives up its privileges.
+
+        The physical root is a read-only mount there; so may be where it boots from. The EFI system partition
+        may not be mounted at all, which jobs on deployments see to themselves.
+        """
+        if self._settings.root is not None:
             return ()
+        if not (operation.changes or operation.writes):
+            return ("--esp",) if operation.profile is Profile.SCAN else ()
         paths = HostPaths.live()
         places = [paths.physical_root]
         if operation.profile is Profile.HOST:

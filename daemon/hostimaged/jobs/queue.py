@@ -106,6 +106,11 @@ class JobQueue:
         return next((job for job in self._lanes.running if not job.state.finished), None)
 
     @property
+    def changing(self) -> bool:
+        """Whether a job that changes something runs; its end is announced when this is no longer so."""
+        return any(job.operation.mutating for job in self._lanes.running)
+
+    @property
     def waiting(self) -> tuple[Job, ...]:
         """The jobs that wait, in the order in which they would start."""
         return tuple(job for job in self._lanes.waiting if not job.state.finished)
@@ -132,7 +137,8 @@ class JobQueue:
         """
         async with self._submitting:
             self._check_accepting()
-            if join and (equal := self._lanes.equal(operation.identity)) is not None:
+            equal = self._lanes.equal(operation.identity) if join else None
+            if equal is not None and equal.can_take(terms):
                 self._join(equal, initiator, terms)
                 return equal
             self._check_room(operation, initiator.uid)
@@ -273,7 +279,7 @@ class JobQueue:
         try:
             async with asyncio.TaskGroup() as group:
                 ticker = group.create_task(self._tick(job))
-                outcome = await worker.run(on_event)
+                outcome = await self._work(job, worker, on_event)
                 ticker.cancel()
         except Exception:
             # A fault of ours costs this job, not the daemon.
@@ -285,12 +291,29 @@ class JobQueue:
             await self._status.take(place, status)
         if self._gave_way(job, outcome):
             return
-        if job.operation.mutating and not scans:
+        if job.operation.changes and not scans:
             if job.state is JobState.RUNNING:
                 job.state = JobState.FINALIZING
                 self._observer.job_changed(job, only_progress=False)
             await self._status.refresh()
         await self._finish(job, outcome)
+
+    async def _work(self, job: Job, worker: Worker, on_event: Callable[[Event], None]) -> Outcome:
+        """Do the work, and what is to follow it."""
+        outcome = await worker.run(on_event)
+        wanted = outcome.failure is None and job.state is not JobState.CANCELLING
+        following = job.following() if wanted else None
+        if following is None:
+            return outcome
+        self._workers[job.id] = self._start_worker(following)
+        prepared = await self._workers[job.id].run(on_event)
+        failure = prepared.failure
+        if failure is not None:
+            message = (
+                f"done, and effective from the next reboot; but there is no soft reboot: {failure.message}"
+            )
+            return Outcome(failure=Failure(failure.name, message))
+        return Outcome(result=outcome.result | prepared.result)
 
     def _gave_way(self, job: Job, outcome: Outcome) -> bool:
         """Queue a job again that was stopped for a user's, unless it was cancelled as well."""

@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
@@ -33,19 +34,24 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
     "check": "hostimaged.jobs.work:check",
+    "collect": "hostimaged.jobs.host_work:collect",
     "delete": "hostimaged.jobs.host_work:delete",
     "diff": "hostimaged.jobs.host_work:diff",
+    "explain": "hostimaged.jobs.host_work:explain",
     "kargs": "hostimaged.jobs.host_work:kernel_arguments",
     "pin": "hostimaged.jobs.host_work:pin",
     "policy": "hostimaged.jobs.work:set_policy",
     "pull": "hostimaged.jobs.work:pull",
     "recover": "hostimaged.jobs.host_work:recover",
+    "repair": "hostimaged.jobs.host_work:repair",
     "rollback": "hostimaged.jobs.host_work:rollback",
     "scan": "hostimaged.jobs.work:scan",
+    "soft-reboot": "hostimaged.jobs.host_work:soft_reboot",
     "stage": "hostimaged.jobs.host_work:stage",
     "switch": "hostimaged.jobs.work:pull",
     "unstage": "hostimaged.jobs.host_work:unstage",
     "upgrade": "hostimaged.jobs.host_work:upgrade",
+    "verify": "hostimaged.jobs.host_work:verify",
 }
 
 
@@ -56,8 +62,9 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     parser.add_argument("--profile", type=Profile, required=True)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--writable", type=Path, action="append", default=[])
+    parser.add_argument("--esp", action="store_true")
     arguments = parser.parse_args(argv)
-    _confine(arguments.profile, arguments.parent, arguments.writable)
+    live = _confine(arguments.profile, arguments.parent, arguments.writable, esp=arguments.esp)
     with socket.socket(fileno=arguments.fd) as sock:
         sock.set_inheritable(False)
         channel = Channel(sock)
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
             if order.operation.profile != arguments.profile:
                 raise Internal
             channel.watch()
-            channel.result(_run(order, channel, work) or {})
+            channel.result(_run(order, channel, work, live) or {})
         except HostimageError as error:
             if error.name is ErrorName.INTERNAL:
                 _log_failure(error)
@@ -81,8 +88,12 @@ def main(argv: Sequence[str] | None = None, work: Mapping[str, str] = WORK) -> i
     return 0
 
 
-def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> None:
-    """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges."""
+def _confine(profile: Profile, parent: int, writable: Sequence[Path], *, esp: bool) -> HostPaths:
+    """Tie this process to the daemon, make ``writable`` writable for it, and give up privileges.
+
+    Gives the running host, with what it takes more privileges to reach than are kept: its mount namespace, if
+    the operation may need it, and with ``esp`` the EFI system partition, to be read.
+    """
     syscalls.set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the daemon is gone")
@@ -91,13 +102,38 @@ def _confine(profile: Profile, parent: int, writable: Sequence[Path]) -> None:
         # What fails here is told by the operation, as a read-only file system.
         with suppress(OSError):
             mounts.make_writable(path)
+    paths = HostPaths.live()
+    if profile is Profile.HOST:
+        paths = _with_namespace(paths)
+    if esp:
+        paths = _with_esp(paths)
     syscalls.set_no_new_privs()
     syscalls.drop_capabilities(CAPABILITIES[profile])
+    return paths
 
 
-def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, Any] | None:
+def _with_namespace(paths: HostPaths) -> HostPaths:
+    """With the mount namespace of the host open; if that may not be, who needs it will tell."""
+    if paths.host_namespace is not None:
+        with suppress(OSError):
+            fd = os.open(paths.host_namespace, os.O_RDONLY | os.O_CLOEXEC)
+            return replace(paths, host_namespace=Path(f"/proc/self/fd/{fd}"))
+    return paths
+
+
+def _with_esp(paths: HostPaths) -> HostPaths:
+    """With the EFI system partition open; if it cannot be, the operation tells that it is not mounted."""
+    from hostimaged.host import espmount
+
+    try:
+        return espmount.seek(paths)
+    except HostimageError:
+        return replace(paths, esp_sought=True)
+
+
+def _run(order: Order, channel: Channel, work: Mapping[str, str], live: HostPaths) -> dict[str, Any] | None:
     operation: Operation = order.operation
-    paths = HostPaths.live() if order.root is None else HostPaths.scratch(Path(order.root))
+    paths = live if order.root is None else HostPaths.scratch(Path(order.root))
     module, _, function = work[operation.kind].partition(":")
     do: Work = getattr(import_module(module), function)
     lock = (
@@ -107,7 +143,7 @@ def _run(order: Order, channel: Channel, work: Mapping[str, str]) -> dict[str, A
             what=str(paths.job_lock),
             check=channel.check,
         )
-        if operation.mutating
+        if operation.changes
         else nullcontext()
     )
     with lock:

@@ -69,8 +69,12 @@ class CheckResult:
         return found | ({"changelog-url": self.changelog_url} if self.changelog_url else {})
 
 
-def check_image(paths: HostPaths, reference: ImageReference, reporter: Reporter) -> CheckResult:
+def check_image(
+    paths: HostPaths, reference: ImageReference, reporter: Reporter, *, signed: bool = False
+) -> CheckResult:
     """Find out what ``reference`` is now. Takes no lock, and writes to nothing but the run directory.
+
+    ``signed``: the signature policy has to demand a signature of the image.
 
     Raises the errors of the source as ``pull_image`` does, ``UnsupportedImage`` for an image that could not
     be pulled, and ``Cancelled``. Damage of the repository only makes more of the image count as missing.
@@ -79,7 +83,7 @@ def check_image(paths: HostPaths, reference: ImageReference, reporter: Reporter)
     reporter.at("check.started")
     with (
         private_directory(paths.run_dir / "tmp", "check-") as work_dir,
-        open_source(reference, paths, work_dir, reporter, look=True) as source,
+        open_source(reference, paths, work_dir, reporter, look=True, signed=signed) as source,
     ):
         fetched = source.manifest()
         digest = ManifestDigest.of_hash(hashlib.sha256(fetched.raw).hexdigest())

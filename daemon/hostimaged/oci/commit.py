@@ -7,7 +7,6 @@ interrupted one left. Facts: composefs-rs 0.9, OCI images in a repository.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -154,8 +153,10 @@ class Commit:
         """Build what is missing of the EROFS images in the repository's formats."""
         repository = self._repository
         known = images.image_ids(stored.refs) if stored is not None and self._same_layers(stored) else {}
-        self.image_ids = {kind: id_ for kind, id_ in known.items() if _is_image(repository, id_)}
+        self.image_ids = {kind: id_ for kind, id_ in known.items() if images.has_image(repository, id_)}
         wanted = [kind for kind in repository.formats.in_order() if kind in IMAGE_REFS]
+        # What the configuration names is completed in whatever format it is.
+        wanted += [kind for kind in known if kind not in wanted]
         missing = [kind for kind in wanted if kind not in self.image_ids]
         done = len(wanted) - len(missing)
         self._reporter.generating(done, len(wanted))
@@ -234,11 +235,12 @@ def mend(repository: Repository, digest: ManifestDigest, reporter: Reporter) -> 
     return True
 
 
-def finish_rewrites(repository: Repository, own: ConfigDigest, reporter: Reporter) -> bool:
+def finish_rewrites(repository: Repository, own: ConfigDigest | None, reporter: Reporter) -> bool:
     """Mend every tagged manifest, and end what keeps configurations meanwhile; says if anything was mended.
 
     Manifests that share a configuration share its stream. All tags are looked at, not only those of the
-    caller's ``own``: so this also finishes what another left that was killed between its two streams.
+    caller's ``own``, if it has one: so this also finishes what another left that was killed between its two
+    streams.
     """
     kept = _rewritten(repository)
     mended, whole = False, True
@@ -254,6 +256,14 @@ def finish_rewrites(repository: Repository, own: ConfigDigest, reporter: Reporte
     for config in settled:
         repository.remove_stream_ref(_kept_ref(config))
     return mended
+
+
+def finish_interrupted(repository: Repository, reporter: Reporter) -> bool:
+    """As ``finish_rewrites``, if any rewriting was interrupted; says whether one was."""
+    if not _rewritten(repository):
+        return False
+    finish_rewrites(repository, None, reporter)
+    return True
 
 
 def is_rewritten(repository: Repository, digest: ConfigDigest) -> bool:
@@ -286,12 +296,3 @@ def _write(
         for key, id_ in refs.items():
             writer.named_ref(key, id_)
         return repository.write_stream(name, writer)
-
-
-def _is_image(repository: Repository, id_: ObjectId) -> bool:
-    """Whether the EROFS image is there under its name."""
-    try:
-        os.close(repository.open_image(id_.hex()))
-    except (ImageNotFound, CorruptRepository, VerityMismatch):
-        return False
-    return True

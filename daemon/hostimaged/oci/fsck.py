@@ -108,12 +108,13 @@ def check(
     tag: str | None = None,
     give_up: Callable[[], None] | None = None,
     breaks: fsck.Breaks | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> ImagesReport:
     """Check ``repository`` and all tagged images in it, or only the one with the tag ``tag``.
 
-    ``give_up``, ``breaks`` and what is raised are those of ``hostimaged.composefs.fsck.check``.
+    ``give_up``, ``breaks``, ``advance`` and what is raised are those of ``hostimaged.composefs.fsck.check``.
     """
-    report = ImagesReport(fsck.check(repository, give_up=give_up, breaks=breaks))
+    report = ImagesReport(fsck.check(repository, give_up=give_up, breaks=breaks, advance=advance))
     tags = _tags(repository)
     if tag is not None:
         _check_one(repository, tag, tags.get(tag), report)

@@ -6,6 +6,7 @@ Facts: composefs-rs 0.9, OCI images in a repository. Nothing here writes, save `
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,7 @@ from hostimaged.errors import (
     ImageNotFound,
     InvalidArgs,
     NotSupported,
+    VerityMismatch,
     printable,
 )
 from hostimaged.ids import ConfigDigest, DiffId, ManifestDigest, ObjectId, OciDigest
@@ -48,7 +50,8 @@ IMAGE_REFS: Final[Mapping[Format, str]] = {
 #: What the names of images made for booting begin with.
 BOOT_REF: Final = "composefs.image.boot"
 _MANIFEST: Final = "oci-manifest-"
-_CONFIG: Final = "oci-config-"
+#: What the stream names of configurations begin with.
+CONFIG: Final = "oci-config-"
 _LAYER: Final = "oci-layer-"
 _CONFIG_REF: Final = "config:"
 _ESCAPE: Final = re.compile("%2F|%25")
@@ -67,7 +70,7 @@ def layer_stream(diff_id: DiffId) -> str:
 
 def config_stream(digest: ConfigDigest) -> str:
     """Stream name of a configuration."""
-    return f"{_CONFIG}{digest}"
+    return f"{CONFIG}{digest}"
 
 
 def config_ref(digest: ConfigDigest) -> str:
@@ -189,6 +192,15 @@ def check_formats(repository: Repository) -> None:
 def image_ids(refs: Mapping[str, ObjectId]) -> dict[Format, ObjectId]:
     """The EROFS images that the named references of a config stream speak of."""
     return {image_format: refs[name] for image_format, name in IMAGE_REFS.items() if name in refs}
+
+
+def has_image(repository: Repository, id_: ObjectId) -> bool:
+    """Whether an EROFS image is there under its name."""
+    try:
+        os.close(repository.open_image(id_.hex()))
+    except (ImageNotFound, CorruptRepository, VerityMismatch):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

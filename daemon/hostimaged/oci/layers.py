@@ -147,8 +147,10 @@ def fetch_layers(
     large = sum(plan.descriptor.size for plan in plans) >= _WORTH_HELPERS
     workers = min(processors, len(ordered))
     found: dict[DiffId, ObjectId] = {}
+    # Helpers do not know which objects this process takes for missing.
+    helpers = 0 if repository.distrusted else processors - 1
     with (
-        StorePool(repository, processors - 1, worth=0 if large else WORTH) as store,
+        StorePool(repository, helpers, worth=0 if large else WORTH) as store,
         ThreadPoolExecutor(workers, thread_name_prefix="layer") as pool,
     ):
         futures = {

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_POLICY: Final = 1 << 20
 _ACCEPT: Final = "insecureAcceptAnything"
 _REJECT: Final = "reject"
+#: Requirements that a signature has to meet.
+_SIGNED: Final = frozenset({"signedBy", "sigstoreSigned"})
 _PATH_SCOPED: Final = frozenset({Transport.OCI, Transport.OCI_ARCHIVE, Transport.DIR})
 
 
@@ -35,6 +37,11 @@ class Requirements:
     def accepts_anything(self) -> bool:
         """Whether no signature is asked for, so that any way of fetching will do."""
         return all(kind == _ACCEPT for kind in self.types)
+
+    @property
+    def demands_signature(self) -> bool:
+        """Whether an image without a valid signature is refused for certain."""
+        return not _SIGNED.isdisjoint(self.types)
 
     @property
     def rejects(self) -> bool:

@@ -109,6 +109,7 @@ def pull_image(
     lock_timeout: float,
     reporter: Reporter,
     patience: Patience = DEFAULT_PATIENCE,
+    signed: bool = False,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -116,7 +117,8 @@ def pull_image(
     image is stored in the formats of the repository, tagged, and has a row in ``pulls.json``, all on the
     device. When it raises, no name points to anything that is not whole and verified, and repeating it goes
     on where it stopped. With ``expect_digest`` the digest of the manifest, here or at the source, must be
-    that one. A registry that is out of reach for a moment is asked again, within ``patience``.
+    that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
+    the signature policy has to demand a signature of the image.
 
     Raises ``PreconditionFailed`` where it is not; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
     ``CorruptRepository`` and others of the repository; ``ImageNotFound``, ``RegistryAuth``, ``NetworkError``,
@@ -136,7 +138,7 @@ def pull_image(
         repository.check_writable()
         stoppable.at("pull.opened")
         with private_directory(paths.temporary, "pull-") as work_dir:
-            with open_source(reference, paths, work_dir, stoppable, patience) as source:
+            with open_source(reference, paths, work_dir, stoppable, patience, signed=signed) as source:
                 pull = _Pull(repository, reference, stoppable)
                 image, layers_found = pull.fetch(source, expect_digest)
             result = pull.commit(image, layers_found)

@@ -37,8 +37,8 @@ def scan(paths: HostPaths) -> dict[str, Any]:
         return found
 
 
-def scan_repository(paths: HostPaths, opened: Repository | None) -> dict[str, Any]:
-    """As ``scan``, of a repository that is open; None: there is none."""
+def scan_repository(paths: HostPaths, opened: Repository | None, *, used: bool = True) -> dict[str, Any]:
+    """As ``scan``, of a repository that is open; None: there is none. ``used`` may be left out."""
     problems: list[dict[str, str]] = []
     rows = _pulls(paths, problems)
     repository: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ def scan_repository(paths: HostPaths, opened: Repository | None) -> dict[str, An
     if opened is not None:
         try:
             images = [_image(row, rows) for row in list_images(opened)]
-            repository = _repository(opened, problems)
+            repository = _repository(opened, problems, used=used)
         except HostimageError as error:
             problems.append(_problem("repository", _ERROR, error))
     return {"repository": repository, "images": images, "problems": problems}
@@ -60,18 +60,18 @@ def _pulls(paths: HostPaths, problems: list[dict[str, str]]) -> list[PullRow]:
         return []
 
 
-def _repository(repository: Repository, problems: list[dict[str, str]]) -> dict[str, Any]:
-    used = 0
-    try:
-        used = repository.used_bytes()
-    except HostimageError as error:
-        problems.append(_problem("objects", _ERROR, error))
-    return {
+def _repository(repository: Repository, problems: list[dict[str, str]], *, used: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "algorithm": repository.algorithm.label,
         "formats": [kind.label for kind in repository.formats.in_order()],
         "secure": repository.secure,
-        "used": used,
     }
+    if used:
+        try:
+            found["used"] = repository.used_bytes()
+        except HostimageError as error:
+            problems.append(_problem("objects", _ERROR, error))
+    return found
 
 
 def _image(row: ImageRow, rows: list[PullRow]) -> dict[str, Any]:

@@ -103,11 +103,13 @@ def open_source(
     patience: Patience = DEFAULT_PATIENCE,
     *,
     look: bool = False,
+    signed: bool = False,
 ) -> ImageSource:
     """Open ``reference``, by the way its transport and the signature policy allow.
 
     With ``look`` only manifest and configuration are wanted, so nothing is copied; an old proxy, which does
     not enforce the policy, is asked all the same, and the layers of containers-storage cannot be read.
+    With ``signed`` a policy that would do without a signature is not enough.
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
     a thread that lives as long as the source is used: helper processes die with it. ``reporter.at`` is
@@ -120,6 +122,11 @@ def open_source(
     required = requirement(paths.containers.policy, reference)
     if required.rejects:
         raise SignatureRejected(f"the signature policy {paths.containers.policy} rejects {reference}")
+    if signed and not required.demands_signature:
+        raise SignatureRejected(
+            f"what follows {reference} demands signatures, but the signature policy "
+            f"{paths.containers.policy} does not"
+        )
     if reference.transport is Transport.OCI and required.accepts_anything:
         from hostimaged.oci.layout import LayoutSource
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from hostimaged.system.paths import HostPaths
 
-#: Requirements of containers-policy.json(5) that a signature has to meet.
-_SIGNED: Final = frozenset({"signedBy", "sigstoreSigned"})
 #: The file that says by digests what the rest of an image is, where an image is a directory.
 _INDEX: Final = {Transport.OCI: "index.json", Transport.DIR: "manifest.json"}
 _FILES: Final = frozenset({Transport.OCI, Transport.OCI_ARCHIVE, Transport.DIR, Transport.DOCKER_ARCHIVE})
@@ -66,7 +64,7 @@ def _registry_trust(reference: ImageReference, paths: HostPaths) -> Trust:
     wanted = requirement(paths.containers.policy, reference)
     if wanted.rejects:
         return Trust(False, "the signature policy rejects the image")
-    if _SIGNED & set(wanted.types):
+    if wanted.demands_signature:
         return Trust(True, "the image has to be signed")
     image = reference.named
     if image is None:

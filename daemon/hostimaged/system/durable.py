@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import string
 from pathlib import Path
@@ -74,7 +75,7 @@ def replace_file(path: StrPath, data: Buffer, mode: int = 0o644) -> None:
     path = Path(path)
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with NewFile(directory, mode=mode, prefix=f".{path.name[:200]}.") as new:
+        with NewFile(directory, mode=mode, prefix=_replacement_prefix(path)) as new:
             os.fchmod(new.fd, mode)
             write_all(new.fd, data)
             sync_file(new.fd)
@@ -82,6 +83,27 @@ def replace_file(path: StrPath, data: Buffer, mode: int = 0o644) -> None:
         sync_directory(directory)
     finally:
         os.close(directory)
+
+
+def remove_replacements(path: StrPath) -> None:
+    """Remove what a crash in the middle of ``replace_file(path)`` left beside ``path``.
+
+    For a caller who knows that nobody replaces it now. A missing directory is fine.
+    """
+    path = Path(path)
+    ours = re.compile(re.escape(_replacement_prefix(path)) + f"[A-Za-z0-9]{{{_RANDOM_LENGTH}}}")
+    try:
+        left = [name for name in os.listdir(path.parent) if ours.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in left:
+        os.unlink(path.parent / name)
+    if left:
+        sync_directory(path.parent)
+
+
+def _replacement_prefix(path: Path) -> str:
+    return f".{path.name[:200]}."
 
 
 def replace_symlink(

@@ -6,7 +6,7 @@ Nothing here touches the file system; a path that a caller's string is joined to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -35,7 +35,10 @@ class HostPaths:
 
     ``physical_root`` holds the repository and all state; ``marker_dir`` the staged marker; ``run_dir`` our
     own volatile state. Facts about the running system (``cmdline``, ``mountinfo``, ``boot_id``, ``efivars``,
-    ``selinux_enforce``, which exists if SELinux is on) are None where there is no running system to ask.
+    ``selinux_enforce``, which exists if SELinux is on) are None where there is no running system to ask. The
+    ``esp`` of a running host is known once it was looked for (``esp_sought``). ``next_root`` is where systemd
+    looks for the root that a soft reboot starts. ``host_mounts`` is the table of mounts of the host's own
+    namespace, and ``host_namespace`` stands for it; None if we are in it.
     """
 
     physical_root: Path
@@ -52,11 +55,20 @@ class HostPaths:
     containers: ContainersConfig
     scratch_root: Path | None = None
     selinux_enforce: Path | None = None
+    esp_sought: bool = False
+    next_root: Path | None = None
+    host_mounts: Path | None = None
+    host_namespace: Path | None = None
 
     @classmethod
     def live(cls) -> Self:
         """The running host."""
-        return cls._below(Path("/"), containers=_live_containers())
+        return replace(
+            cls._below(Path("/"), containers=_live_containers()),
+            # systemd's namespace is the host's: services have others, and we may be one.
+            host_mounts=Path("/proc/1/mountinfo"),
+            host_namespace=Path("/proc/1/ns/mnt"),
+        )
 
     @classmethod
     def scratch(cls, root: Path) -> Self:
@@ -113,6 +125,7 @@ class HostPaths:
             containers=containers,
             scratch_root=scratch_root,
             selinux_enforce=root / "sys/fs/selinux/enforce",
+            next_root=root / "run/nextroot",
         )
 
     @property
@@ -124,6 +137,11 @@ class HostPaths:
     def repository(self) -> Path:
         """The composefs repository."""
         return self.physical_root / "composefs"
+
+    @property
+    def deployments(self) -> Path:
+        """Holds a directory for each deployment."""
+        return self.physical_root / "state/deploy"
 
     @property
     def state(self) -> Path:
@@ -149,6 +167,16 @@ class HostPaths:
     def transaction(self) -> Path:
         """The journal of the operation under way, or interrupted."""
         return self.state / "transaction.json"
+
+    @property
+    def made_tags(self) -> Path:
+        """Which tags of deployments were made here, not by bootc."""
+        return self.state / "tags.json"
+
+    @property
+    def collection_due(self) -> Path:
+        """Is there from the moment a deployment went that left garbage until that is collected."""
+        return self.state / "collection-due"
 
     @property
     def temporary(self) -> Path:
@@ -193,6 +221,16 @@ class HostPaths:
     def updates_file(self) -> Path:
         """The last check of the tracked image, kept over restarts of the daemon within a boot."""
         return self.run_dir / "check.json"
+
+    @property
+    def sizes_file(self) -> Path:
+        """The last measurement of sizes, kept over restarts of the daemon within a boot."""
+        return self.run_dir / "sizes.json"
+
+    @property
+    def verified_file(self) -> Path:
+        """How the last verification of the repository ended, kept over restarts within a boot."""
+        return self.run_dir / "verified.json"
 
 
 def _auth_files(root: Path) -> tuple[Path, ...]:

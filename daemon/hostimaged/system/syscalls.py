@@ -1,8 +1,9 @@
 """System calls and ioctls that Python's ``os`` does not offer, each a thin typed function.
 
-The only module with ctypes, ioctl and flock. Policy (retries, time-outs, what an error means for a
-repository) is not here. Functions raise ``OSError`` as ``os`` does, except where their contract says
-otherwise. Numbers are those of the Linux user-space headers; fs-verity's come from ``linux/fsverity.h``.
+With ``mountcalls``, which makes mounts, the only module with ctypes, ioctls of files and flock. Policy
+(retries, time-outs, what an error means for a repository) is not here. Functions raise ``OSError`` as ``os``
+does, except where their contract says otherwise. Numbers are those of the Linux user-space headers;
+fs-verity's come from ``linux/fsverity.h``.
 """
 
 from __future__ import annotations
@@ -168,6 +169,26 @@ def rename_exchange(
 ) -> None:
     """Let two existing names change places in one step."""
     _renameat2(source, target, source_fd, target_fd, _RENAME_EXCHANGE)
+
+
+# --- watching ----------------------------------------------------------------------------------------------
+
+
+def inotify_init() -> int:
+    """A new inotify instance, non-blocking, close-on-exec. Raises ``OSError`` with EMFILE if the user has
+    too many.
+    """
+    return _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def inotify_add_watch(fd: int, path: StrPath, mask: int) -> int:
+    """Watch what is at ``path``, or change the mask of its watch; the number of the watch, one per inode."""
+    return _checked(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), path)
+
+
+def inotify_remove_watch(fd: int, watch: int) -> None:
+    """Watch something no longer. Raises ``OSError`` with EINVAL for a watch that is gone."""
+    _checked(_libc.inotify_rm_watch(fd, watch))
 
 
 # --- locks -------------------------------------------------------------------------------------------------

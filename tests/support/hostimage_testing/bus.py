@@ -20,8 +20,9 @@ from hostimage_dbus.names import BUS_NAME, JOB_INTERFACE, MANAGER_INTERFACE, ROO
 from hostimage_dbus.transport import BusError, Connection, Variant
 from hostimage_testing.logind_double import POLICY as LOGIND
 from hostimage_testing.polkit_double import POLICY as POLKIT
+from hostimage_testing.private_bus import DEFAULT_POLICY, dbus_daemon
 from hostimage_testing.property_double import POLICY as CONDITIONS
-from hostimage_testing.tools import REPOSITORY_ROOT, require
+from hostimage_testing.tools import REPOSITORY_ROOT
 
 HERE = Path(__file__).parent
 PROPERTIES = "org.freedesktop.DBus.Properties"
@@ -29,36 +30,9 @@ POLICY = REPOSITORY_ROOT / "dbus/org.hostimage1.conf"
 #: The longest any test waits for something that comes at once.
 PATIENCE = 20.0
 
-# What a distribution's system.conf says, shortened; then our own file, as installed.
-_BUS_CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <listen>unix:path={socket}</listen>
-  <listen>unix:abstract={abstract}</listen>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus"/>
-    <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Peer"/>
-  </policy>
-  <policy user="{uid}">
+_MONITOR = """<policy user="{uid}">
     <allow send_destination="org.freedesktop.DBus" send_interface="org.freedesktop.DBus.Monitoring"/>
-  </policy>
-  {doubles}
-  <include>{policy}</include>
-  {own_user}
-</busconfig>
-"""
+  </policy>"""
 # An unprivileged developer's daemon owns the name on the private bus.
 _OWN_USER = '<policy user="{uid}"><allow own="org.hostimage1"/></policy>'
 
@@ -80,42 +54,14 @@ class Bus:
 
 @contextmanager
 def running_bus(directory: Path) -> Iterator[Bus]:
-    config = directory / "bus.conf"
-    abstract = f"hostimage-test-{secrets.token_hex(8)}"
+    """A bus with our own policy, as installed, and with doubles of the services that the daemon asks."""
+    abstract = f"unix:abstract=hostimage-test-{secrets.token_hex(8)}"
     uid = os.getuid()
-    config.write_text(
-        _BUS_CONFIG.format(
-            socket=directory / "bus",
-            abstract=abstract,
-            policy=POLICY,
-            uid=uid,
-            doubles=POLKIT + LOGIND + CONDITIONS,
-            own_user=_OWN_USER.format(uid=uid) if uid else "",
-        )
-    )
-    reading, writing = os.pipe()
-    with open(reading, "rb") as pipe, (directory / "bus.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                require("dbus-daemon"),
-                f"--config-file={config}",
-                "--nofork",
-                "--nopidfile",
-                f"--print-address={writing}",
-            ],
-            pass_fds=[writing],
-            stdin=subprocess.DEVNULL,
-            stderr=log,
-        )
-        os.close(writing)
-        address = pipe.readline().decode().strip()
-    try:
-        assert address, (directory / "bus.log").read_text()
-        yield Bus(process, address, f"unix:abstract={abstract}")
-    finally:
-        process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.wait()
+    policies = [DEFAULT_POLICY, _MONITOR.format(uid=uid), POLKIT + LOGIND + CONDITIONS]
+    policies += [f"<include>{POLICY}</include>", *([_OWN_USER.format(uid=uid)] if uid else [])]
+    listen = [f"unix:path={directory / 'bus'}", abstract]
+    with dbus_daemon(directory / "bus", listen, policies) as (process, address):
+        yield Bus(process, address, abstract)
 
 
 class Daemon:

@@ -23,6 +23,19 @@ EXPECTED: dict[int, type[HostimageError]] = {
 
 _CHANGES = ("write", "mkdir", "symlink", "link", "rename", "unlink", "fsync", "fchmod")
 _OTHER_CHANGES = ("syncfs", "rename_noreplace", "rename_exchange")
+#: Only trees with metadata need these: /etc, and what is removed as a whole.
+_CHANGES_OF_TREES = (
+    "fchown",
+    "chown",
+    "chmod",
+    "setxattr",
+    "removexattr",
+    "utime",
+    "mknod",
+    "rmdir",
+    "copy_file_range",
+    "ftruncate",
+)
 
 
 class Crash(BaseException):
@@ -30,10 +43,14 @@ class Crash(BaseException):
 
 
 class Disk:
-    """Fails the change number ``at`` of the file system, counted from 0, with ``code``; or crashes there."""
+    """Fails the change number ``at`` of the file system, counted from 0, with ``code``; or crashes there.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, tmpfile: bool = True) -> None:
+    ``trees``: changes of metadata, and removed directories, count too.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, tmpfile: bool = True, trees: bool = False) -> None:
         self._tmpfile = tmpfile
+        self._names = _CHANGES + (_CHANGES_OF_TREES if trees else ())
         self.at = -1
         self.code = 0
         self.count = 0
@@ -42,7 +59,7 @@ class Disk:
         self._open, self._write, self._unlink, self._mkdir = os.open, os.write, os.unlink, os.mkdir
 
     def install(self) -> None:
-        for module, names in ((os, _CHANGES), (syscalls, _OTHER_CHANGES)):
+        for module, names in ((os, self._names), (syscalls, _OTHER_CHANGES)):
             for name in names:
                 self._patch.setattr(module, name, self._failing(getattr(module, name)))
         self._patch.setattr(os, "write", self._short_write)

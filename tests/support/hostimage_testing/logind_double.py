@@ -1,4 +1,4 @@
-"""A double of systemd-logind: sessions, and locks as descriptors whose end is noticed.
+"""A double of systemd-logind: sessions, locks as descriptors whose end is noticed, and reboots.
 
 It runs in a thread of its own with another implementation of D-Bus, so that it needs nothing of the test's
 loop, and sends descriptors as the real one does.
@@ -27,13 +27,17 @@ from jeepney import (
 from jeepney.io.blocking import DBusConnection, open_dbus_connection
 
 NAME = "org.freedesktop.login1"
-#: For the configuration of a bus: everybody may be logind and talk to it.
-POLICY = f"""
+SYSTEMD = "org.freedesktop.systemd1"
+#: For the configuration of a bus: everybody may be logind, or systemd, and talk to it.
+POLICY = "".join(
+    f"""
   <policy context="default">
-    <allow own="{NAME}"/>
-    <allow send_destination="{NAME}"/>
+    <allow own="{name}"/>
+    <allow send_destination="{name}"/>
   </policy>
 """
+    for name in (NAME, SYSTEMD)
+)
 _BUS = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
 _ERROR = "org.freedesktop.DBus.Error."
 
@@ -52,11 +56,15 @@ class Lock:
 
 @dataclass
 class LogindDouble:
-    """``sessions``: uid and class of each. ``answer``: "yes", "no", "silence", "wrong", "two", "flood"."""
+    """``sessions``: uid and class of each. ``answer``: "yes", "no", "silence", "wrong", "two", "flood".
+
+    ``soft_reboot``: the name of the error that a soft reboot is answered with, "" for success.
+    """
 
     sessions: list[tuple[int, str]] = field(default_factory=list)
     answer: str = "yes"
     knows_weak: bool = True
+    soft_reboot: str = ""
     calls: list[tuple[str, Sequence[Any]]] = field(default_factory=list)
     locks: list[Lock] = field(default_factory=list)
     callers: set[str] = field(default_factory=set)
@@ -90,6 +98,12 @@ class LogindDouble:
             self._get(connection, message)
         elif member == "Inhibit":
             self._inhibit(connection, message)
+        elif member == "RebootWithFlags" and self.soft_reboot:
+            connection.send(new_error(message, self.soft_reboot, "s", ("no",)))
+        elif member in ("Reboot", "RebootWithFlags"):
+            connection.send(new_method_return(message))
+        elif member == "StartUnit":
+            connection.send(new_method_return(message, "o", ("/job/1",)))
 
     def _get(self, connection: DBusConnection, message: Any) -> None:
         number = int(message.header.fields[HeaderFields.path].rpartition("/")[2])
@@ -132,12 +146,13 @@ def _flood(connection: DBusConnection, name: str, descriptor: int) -> None:
 
 
 @contextmanager
-def logind(address: str) -> Iterator[LogindDouble]:
-    """Be logind on the bus at ``address``."""
+def logind(address: str, *names: str) -> Iterator[LogindDouble]:
+    """Be logind on the bus at ``address``, or what is called by ``names``."""
     double = LogindDouble()
     stop = threading.Event()
     with open_dbus_connection(address, enable_fds=True) as connection:
-        connection.send_and_get_reply(new_method_call(_BUS, "RequestName", "su", (NAME, 4)), timeout=20)
+        for name in names or (NAME,):
+            connection.send_and_get_reply(new_method_call(_BUS, "RequestName", "su", (name, 4)), timeout=20)
 
         def serve() -> None:
             while not stop.is_set():

@@ -60,6 +60,7 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.workers: list[FakeWorker] = []
+        self.operations: list[Operation] = []
         self.told: list[tuple[str, int, str]] = []
         self.scans: list[Any] = []
         self.submitted = 0
@@ -68,7 +69,7 @@ class Bench:
         self.queue = JobQueue(self.history, self, self, self.start_worker)  # type: ignore[arg-type]
 
     def start_worker(self, operation: Operation) -> FakeWorker:
-        del operation
+        self.operations.append(operation)
         self.workers.append(FakeWorker())
         return self.workers[-1]
 

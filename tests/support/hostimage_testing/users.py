@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
 
 import pytest
 
@@ -18,6 +19,16 @@ NEEDS_ROOT = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
 ]
+
+
+_Test = TypeVar("_Test", bound=Callable[..., object])
+
+
+def needs_root(test: _Test) -> _Test:
+    """Marks one test with ``NEEDS_ROOT``."""
+    for mark in NEEDS_ROOT:
+        test = mark(test)
+    return test
 
 
 @contextmanager

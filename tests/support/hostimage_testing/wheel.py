@@ -38,6 +38,15 @@ SHARED_DATA = frozenset(
         "share/fish/vendor_completions.d/hostimagectl.fish",
     }
 )
+#: Those of them that are run.
+SCRIPTS = frozenset(
+    {
+        "lib/hostimaged/setup-root",
+        "lib/dracut/modules.d/52hostimaged/module-setup.sh",
+        "share/initramfs-tools/hooks/hostimaged",
+        "share/initramfs-tools/scripts/local-bottom/hostimaged",
+    }
+)
 
 
 def build_wheel(directory: Path) -> Path:

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from hostimaged.boot import grubcfg
-from hostimaged.boot.grubcfg import MenuEntry, parse_user_cfg, serialise_user_cfg
+from hostimaged.boot.grubcfg import (
+    NOTHING_ELSE,
+    MenuEntry,
+    Surroundings,
+    parse_surroundings,
+    parse_user_cfg,
+    serialise_user_cfg,
+)
 from hostimaged.errors import BootLoaderError
 from hostimaged.ids import DeploymentId
 
@@ -145,3 +152,61 @@ def test_uuid_of_the_esp() -> None:
     for bad in ("", 'a"b', "a\nb", "a b"):
         with pytest.raises(BootLoaderError):
             grubcfg.serialise_efiuuid(bad)
+
+
+HEAD = "# mine\nset superusers=root\npassword_pbkdf2 root grub.pbkdf2.x\n"
+TAIL = "\nif [ -f x ]; then\n  source ${prefix}/x\nfi\n# the end {"
+
+
+def test_what_is_around_entries_is_kept() -> None:
+    entries = [MenuEntry.new("Two", B), MenuEntry.new("One", A)]
+    plain = serialise_user_cfg(entries).decode()
+    assert parse_surroundings(plain.encode()) == NOTHING_ELSE
+    at = plain.index("menuentry")
+    foreign = plain[:at] + HEAD + plain[at:] + TAIL
+    around = parse_surroundings(foreign.encode())
+    assert around == Surroundings(HEAD, "", TAIL)
+    assert parse_user_cfg(foreign.encode()) == entries
+    assert serialise_user_cfg(entries, around) == foreign.encode()
+    # Whatever entries there are then.
+    changed = serialise_user_cfg(entries[::-1], around)
+    assert parse_surroundings(changed) == around
+    assert parse_user_cfg(changed) == entries[::-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "around"),
+    [
+        (b"set a=b", Surroundings("set a=b\n")),
+        (b" \n\t", NOTHING_ELSE),
+        (b"\xff\n", Surroundings("\udcff\n")),
+    ],
+)
+def test_text_without_entries(text: bytes, around: Surroundings) -> None:
+    assert parse_surroundings(text) == around
+    written = serialise_user_cfg([MenuEntry.new("T", A)], around)
+    assert parse_surroundings(written) == around
+
+
+def test_text_before_the_header_comes_after_it() -> None:
+    plain = serialise_user_cfg([MenuEntry.new("T", A)]).decode()
+    around = parse_surroundings(b"set a=b\n" + plain.encode())
+    assert around == Surroundings("set a=b\n")
+    assert parse_surroundings(serialise_user_cfg([MenuEntry.new("T", A)], around)) == around
+
+
+def test_comments_between_entries_move_to_the_end_and_commands_there_are_not_lost() -> None:
+    one, two = (MenuEntry.new(name, id_).serialise() for name, id_ in (("One", A), ("Two", B)))
+    around = parse_surroundings(f"{one}\n  # about two\n{two}set x=y\n".encode())
+    assert around == Surroundings("", "", "  # about two\nset x=y\n")
+    around = parse_surroundings(f"{one}# about two\nset timeout=3\n{two}".encode())
+    assert around.between == "set timeout=3"
+    with pytest.raises(BootLoaderError, match="between its entries would be lost: 'set timeout=3'"):
+        serialise_user_cfg([MenuEntry.new("One", A)], around)
+
+
+def test_a_menu_within_another_is_not_torn_apart() -> None:
+    entry = MenuEntry.new("One", A).serialise()
+    around = parse_surroundings(f'submenu "more" {{\n{entry}}}\n'.encode())
+    with pytest.raises(BootLoaderError, match="its entries are within another command"):
+        serialise_user_cfg([MenuEntry.new("One", A)], around)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import pytest_asyncio
 from jeepney import HeaderFields, MessageType, Parser
 
 from hostimage_dbus.framing import return_header
+from hostimaged.bus.sizes import Sizes
 from hostimaged.bus.status import StatusCache, to_variants
 from hostimaged.errors import NoSpace
-from hostimaged.jobs.events import Event, StatusEvent
+from hostimaged.jobs.events import Event, SizesEvent, StatusEvent
 from hostimaged.jobs.job import Failure
 from hostimaged.jobs.operations import Operation, Scan
 from hostimaged.jobs.process import Outcome
@@ -47,13 +49,16 @@ class FakeWorker:
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.changes = 0
         self.next: FakeWorker = FakeWorker([], Outcome())
-        self.cache = StatusCache(self.start, self.changed)  # type: ignore[arg-type]
+        self.asked: list[str] = []
+        self.sizes = Sizes(run_dir / "sizes.json", "boot")
+        self.cache = StatusCache(self.start, self.changed, self.sizes)  # type: ignore[arg-type]
 
     def start(self, operation: Operation) -> FakeWorker:
         assert isinstance(operation, Scan)
+        self.asked.append(operation.known)
         return self.next
 
     def changed(self) -> None:
@@ -61,8 +66,8 @@ class Bench:
 
 
 @pytest_asyncio.fixture
-async def bench() -> AsyncIterator[Bench]:
-    yield Bench()
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    yield Bench(tmp_path)
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
@@ -129,6 +134,20 @@ async def test_findings_are_taken_and_unknown_keys_dropped(bench: Bench) -> None
         "artifact": ("b", False),
         "deployed": ("b", False),
     }
+
+
+async def test_what_could_be_reclaimed_is_known_until_it_is_looked_at_again(bench: Bench) -> None:
+    async def found(**sizes: int) -> tuple[int, int | None]:
+        repository = {**FOUND["repository"], **sizes}
+        await bench.cache.take(bench.cache.begin(), {**FOUND, "repository": repository})
+        row = bench.cache.findings.repository
+        assert row is not None
+        return row.used, row.reclaimable
+
+    assert await found(used=5) == (5, None)
+    assert await found(used=6, reclaimable=3) == (6, 3)
+    assert await found(used=7) == (7, 3)
+    assert await found(used=4, reclaimable=0) == (4, 0)
 
 
 async def test_older_findings_do_not_replace_newer_ones(bench: Bench) -> None:
@@ -241,3 +260,67 @@ def test_variants_leave_out_what_is_unknown() -> None:
     assert to_variants({"a": None, "b": ""}).keys() == {"b"}
     with pytest.raises(KeyError):
         to_variants({"a": 1.5})
+
+
+ID, OTHER = "a" * 128, "b" * 128
+
+
+def measurable(contents: str, used: int | None = None) -> StatusEvent:
+    """What a scan finds of a host with two deployments."""
+    repository = {"algorithm": "sha512", "formats": ["V1"], "secure": True} | ({"used": used} if used else {})
+    rows = [{"id": ID}, {"id": OTHER}]
+    return StatusEvent(status={"contents": contents, "repository": repository, "deployments": rows})
+
+
+def shown(bench: Bench) -> tuple[int | None, int, int]:
+    """Bytes in all, and of each deployment."""
+    findings = bench.cache.findings
+    assert findings.repository is not None
+    first, second = findings.deployments
+    return findings.repository.used, first.size_exclusive, second.size_exclusive
+
+
+async def test_sizes_are_shown_as_long_as_they_hold(bench: Bench) -> None:
+    assert bench.cache.is_measured
+    bench.next = FakeWorker([measurable("one")], Outcome())
+    await bench.cache.refresh()
+    assert shown(bench) == (0, 0, 0)
+    assert not bench.cache.is_measured
+    sizes = SizesEvent(contents="one", used=100, exclusive={ID: 10, OTHER: 20})
+    bench.next = FakeWorker([measurable("one"), sizes], Outcome())
+    await bench.cache.refresh()
+    assert shown(bench) == (100, 10, 20)
+    assert bench.cache.is_measured
+    # A job changed what they depend on, and looked how much there is in all.
+    await bench.cache.take(bench.cache.begin(), measurable("two", used=90).status)
+    assert shown(bench) == (90, 0, 0)
+    assert not bench.cache.is_measured
+    # It was taken back.
+    again = SizesEvent(contents="one", used=80, exclusive={})
+    bench.next = FakeWorker([measurable("one"), again], Outcome())
+    await bench.cache.refresh()
+    assert shown(bench) == (80, 10, 20)
+    assert bench.asked == ["", "", "one"]
+    failed = SizesEvent(contents="", used=70, exclusive={})
+    bench.next = FakeWorker([measurable("one"), failed], Outcome())
+    await bench.cache.refresh()
+    assert shown(bench) == (70, 0, 0)
+
+
+async def test_sizes_outlive_the_daemon_and_not_the_boot(bench: Bench, tmp_path: Path) -> None:
+    sizes = SizesEvent(contents="one", used=100, exclusive={ID: 10, OTHER: 20})
+    bench.next = FakeWorker([measurable("one"), sizes], Outcome())
+    await bench.cache.refresh()
+    later = Bench(tmp_path)
+    await asyncio.to_thread(later.sizes.load)
+    later.next = FakeWorker([measurable("one")], Outcome())
+    await later.cache.refresh()
+    assert shown(later) == (100, 10, 20)
+    assert later.asked == ["one"]
+    other_boot = Sizes(tmp_path / "sizes.json", "later")
+    await asyncio.to_thread(other_boot.load)
+    assert other_boot.contents == ""
+    (tmp_path / "sizes.json").write_text("{")
+    damaged = Sizes(tmp_path / "sizes.json", "boot")
+    await asyncio.to_thread(damaged.load)
+    assert damaged.contents == ""

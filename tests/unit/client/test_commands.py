@@ -444,8 +444,8 @@ def test_status_tells_of_deployments_updates_and_holds(make_console: Any) -> Non
     status.show(STATUS | more, console)
     lines = [" ".join(line.split()) for line in console.out.splitlines()]
     assert "Update: 42.2 (available, 3.0 MiB to download)" in lines
-    assert "abababababab booted, pinned 42.1 - - docker://x\\x1b" in lines
-    assert "cdcdcdcdcdcd staged - - - -" in lines
+    assert "abababababab booted, pinned 42.1 - - - docker://x\\x1b" in lines
+    assert "cdcdcdcdcdcd staged - - - - -" in lines
     assert "Reboot: starts deployment cdcdcdcdcdcd, which is staged" in lines
     assert any(line.startswith("Note: the kernel was started for another") for line in lines)
     assert "Held: metered" in lines

@@ -66,13 +66,16 @@ def test_the_table(make_console: Any) -> None:
             version="42",
             timestamp=1_735_689_600_000_000,
             **{"image-digest": "sha256:" + "9" * 64, "image": "docker://x", "verity": "broken"},
+            **{"size-exclusive": 3 << 20},
             problems=[problem, "nonsense"],
         ),
         row(NEW, "staged", "locked", timestamp=1 << 62, problems=7),
     ]
     deployments.table(rows, console)
     heading, first, second, told = (" ".join(line.split()) for line in console.out.splitlines())
-    assert heading == "DEPLOYMENT STATE VERSION MADE DIGEST IMAGE"
-    assert first == "cccccccccccc rollback, pinned, damaged 42 2025-01-01 sha256:999999999999 docker://x"
-    assert second == "aaaaaaaaaaaa staged, download only - - - -"
+    assert heading == "DEPLOYMENT STATE VERSION MADE FREES DIGEST IMAGE"
+    assert (
+        first == "cccccccccccc rollback, pinned, damaged 42 2025-01-01 3.0 MiB sha256:999999999999 docker://x"
+    )
+    assert second == "aaaaaaaaaaaa staged, download only - - - - -"
     assert told == "error of cccccccccccc: its kernel is missing\\x1b"

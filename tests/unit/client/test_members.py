@@ -39,7 +39,7 @@ JOB_COMMANDS = [command for command in COMMANDS if isinstance(command, JobComman
 OTHERS = {"GetStatus", "GetDeployment", "ListImages", "ListJobs", "SetUpdatePolicy", "HoldUpdates", "Reload"}
 ARGUMENTS = {
     "diff": ["staged", "booted"],
-    "explain": ["oci-layer-x"],
+    "why": ["oci-layer-x"],
     "stage": ["docker://registry.example/os"],
     "switch": ["docker://registry.example/os"],
     "make-default": ["booted"],
@@ -51,7 +51,7 @@ ARGUMENTS = {
 }
 BODIES = {
     "diff": ("o", [DEPLOYMENT]),
-    "explain": ("s", ["oci-layer-x"]),
+    "why": ("s", ["oci-layer-x"]),
     "check": ("s", [""]),
     "pull": ("s", [""]),
     "stage": ("s", ["docker://registry.example/os"]),

@@ -112,3 +112,8 @@ def test_a_word_that_we_do_not_know_is_shown_as_it_is(make_console: Any) -> None
     lines = printed(make_console, "delete", result="vanished", deployment=ID)
     assert lines[0] == "done"
     assert "  Result:     vanished" in lines
+
+
+def test_a_soft_reboot_that_follows(make_console: Any) -> None:
+    lines = printed(make_console, "upgrade", result="staged", deployment=ID, soft_reboot="prepared")
+    assert [line.split() for line in lines[1:]] == [["Soft", "reboot:", "prepared"]]

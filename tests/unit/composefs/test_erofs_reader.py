@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from hostimaged.composefs.dumpfile import parse, write
-from hostimaged.composefs.erofs import ErofsError, Format, Image, build, ondisk
+from hostimaged.composefs.erofs import ErofsError, Format, Image, build, ondisk, possible_objects
 from hostimaged.composefs.fsverity import Algorithm, digest
 from hostimaged.composefs.tree import CharDevice, Directory, External, Leaf, Stat, Symlink, lookup
+from hostimaged.ids import ObjectId
 
 SHA256, SHA512 = Algorithm.SHA256, Algorithm.SHA512
 V0, V1, V2 = Format
@@ -40,6 +41,22 @@ def inode_at(image: bytearray, path: bytes) -> int:
     for name in path.split(b"/")[1:]:
         nid = dict(raw.entries(raw.inode(nid)))[name]
     return nid * 32
+
+
+@FORMATS
+@pytest.mark.parametrize("algorithm", [SHA256, SHA512], ids=lambda a: a.label)
+def test_names_of_objects_that_look_like_more_of_them(image_format: Format, algorithm: Algorithm) -> None:
+    """Ids that contain what stands before an id hide neither themselves nor those after them."""
+    size = algorithm.digest_size
+    head = bytes((0, 4 + size, 0, algorithm.kernel_id))
+    ids = [ObjectId((bytes([n]) * size)[: size - len(head) - n] + head + bytes([n]) * n) for n in range(20)]
+    stat = Stat(0o644, 0, 0, 0, 0, {})
+    files = {b"%d" % n: Leaf(stat, External(id_, 1000)) for n, id_ in enumerate(ids)}
+    image = build(Directory(Stat(0o755, 0, 0, 0, 0, {}), dict(files)), image_format, algorithm)
+    assert Image(image, algorithm).objects() == set(ids)
+    assert set(possible_objects(bytes(image), algorithm)) >= set(ids)
+    with pytest.raises(ErofsError):
+        possible_objects(bytes(image)[:1000], algorithm)
 
 
 @FORMATS

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hostimaged.boot.esp import EspDevice, Mount, parse_mountinfo
+from hostimaged.boot.esp import Mount, parse_mountinfo
 from hostimaged.boot.loader import Bootloader
-from hostimaged.errors import BootLoaderError
 from hostimaged.host import bootdirs
 from hostimaged.host.bootdirs import BootDirs, candidates, mount_table
 from hostimaged.system.paths import HostPaths
@@ -23,14 +22,6 @@ def live(root: Path) -> HostPaths:
 def mounts(*points: tuple[str | Path, str]) -> list[Mount]:
     lines = (f"1 1 8:{at} / {point} rw - {kind} src rw\n" for at, (point, kind) in enumerate(points))
     return parse_mountinfo("".join(lines).encode())
-
-
-@pytest.fixture(autouse=True)
-def no_lsblk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> EspDevice:
-        raise BootLoaderError("no ESP")
-
-    monkeypatch.setattr(bootdirs, "find_esp", none)
 
 
 def test_a_scratch_root_has_plain_directories(tmp_path: Path) -> None:
@@ -74,17 +65,13 @@ def test_an_automount_that_waits_is_not_looked_into(tmp_path: Path, monkeypatch:
     assert not touched
 
 
-def test_the_esp_is_used_where_it_is_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_esp_is_used_where_it_was_found(tmp_path: Path) -> None:
     paths = live(tmp_path)
     assert candidates(paths, Bootloader.SYSTEMD, []) == [
         BootDirs(Bootloader.SYSTEMD, None, None, "/EFI/Linux", None)
     ]
-    monkeypatch.setattr(bootdirs, "find_esp", lambda *_: EspDevice("/dev/x1", (8, 1)))
-    table = mounts(("/", "overlay"), (tmp_path / "mnt", "vfat"))
-    (found,) = candidates(paths, Bootloader.SYSTEMD, table)
+    (found,) = candidates(dataclasses.replace(paths, esp=tmp_path / "mnt"), Bootloader.SYSTEMD, [])
     assert found.esp == found.boot == tmp_path / "mnt"
-    (found,) = candidates(paths, Bootloader.SYSTEMD, [], esp=tmp_path / "given")
-    assert found.boot == tmp_path / "given"
 
 
 def test_paths_of_entries_stay_below_their_file_system(tmp_path: Path) -> None:

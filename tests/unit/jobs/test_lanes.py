@@ -11,7 +11,7 @@ from hostimage_dbus.names import JobState
 from hostimage_testing.queue_bench import Bench
 from hostimaged.errors import Busy, Held, Internal, JobNotCancellable, LimitsExceeded
 from hostimaged.jobs.job import JOINERS_PER_UID, Failure, Initiator, Job, Terms
-from hostimaged.jobs.operations import Check, Operation, Pull
+from hostimaged.jobs.operations import Check, Collect, Operation, Pull
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_IN_ALL
 
@@ -261,3 +261,46 @@ async def test_stopping_ends_all_lanes(bench: Bench) -> None:
     await bench.queue.stop()
     for job in jobs:
         await bench.until("finished", job.id, "cancelled")
+
+
+async def test_a_collection_in_the_background_gives_way_to_all_that_users_want(bench: Bench) -> None:
+    collection = await bench.submit(operation=Collect(), terms=BACKGROUND)
+    await bench.until("changed", collection.id, "running")
+    reader = await bench.submit(operation=check())
+    assert bench.workers[0].cancelled
+    await bench.until("changed", collection.id, "queued")
+    await bench.until("changed", reader.id, "running")
+    users, worker = await bench.running()
+    bench.workers[1].end(Outcome())
+    await bench.until("finished", reader.id, "done")
+    assert str(collection.state) == "queued", "while a user's job runs"
+    worker.end(Outcome())
+    await bench.until("finished", users.id, "done")
+    await bench.count("changed", collection.id, "running", 2)
+    assert len(bench.workers) == 4
+    bench.workers[3].end(Outcome())
+    await bench.until("finished", collection.id, "done")
+
+
+async def test_who_asks_for_a_collection_that_runs_in_the_background_gets_it(bench: Bench) -> None:
+    collection = await bench.submit(operation=Collect(), terms=BACKGROUND)
+    await bench.until("changed", collection.id, "running")
+    assert await bench.submit(operation=Collect(keep_pulled=3)) is collection
+    assert not bench.workers[0].cancelled
+    bench.workers[0].end(Outcome())
+    await bench.until("finished", collection.id, "done")
+
+
+async def test_a_dry_run_reads_beside_what_changes_something(bench: Bench) -> None:
+    _, worker = await bench.running()
+    dry = await bench.submit(operation=Collect(dry_run=True))
+    await bench.until("changed", dry.id, "running")
+    real = await bench.submit(operation=Collect())
+    assert real is not dry
+    assert str(real.state) == "queued"
+    bench.workers[1].end(Outcome())
+    await bench.until("finished", dry.id, "done")
+    worker.end(Outcome())
+    await bench.until("changed", real.id, "running")
+    bench.workers[2].end(Outcome())
+    await bench.until("finished", real.id, "done")

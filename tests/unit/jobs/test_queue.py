@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JobState, Phase
-from hostimage_testing.queue_bench import Bench
+from hostimage_testing.queue_bench import Bench, FakeWorker
 from hostimaged.errors import Busy, Cancelled, JobNotCancellable, LimitsExceeded, NoSpace
 from hostimaged.jobs.events import BytesEvent, PhaseEvent, StatusEvent, TotalsEvent
-from hostimaged.jobs.job import Failure, Initiator, Job, Terms
-from hostimaged.jobs.operations import Diff
+from hostimaged.jobs.job import Apply, Failure, Initiator, Job, Terms
+from hostimaged.jobs.operations import Diff, Rollback, SoftReboot
 from hostimaged.jobs.process import Outcome
 from hostimaged.jobs.queue import QUEUED_PER_UID
 
@@ -239,3 +240,98 @@ async def test_each_user_has_one_comparison_at_a_time(bench: Bench) -> None:
     bench.workers[0].end(Outcome())
     await bench.until("finished", job.id, "done")
     await bench.submit(operation=other, who=Initiator(5), join=False)
+
+
+# what follows
+
+
+async def following(bench: Bench, first: FakeWorker, result: dict[str, Any]) -> FakeWorker:
+    """The worker of what follows, once the first has ended."""
+    count = len(bench.workers)
+    first.end(Outcome(result=result))
+    async with asyncio.timeout(10):
+        while len(bench.workers) == count:  # noqa: ASYNC110 (the loop's own doing)
+            await asyncio.sleep(0)
+    await bench.workers[-1].running.wait()
+    return bench.workers[-1]
+
+
+async def soft(bench: Bench, **options: Any) -> tuple[Job, FakeWorker]:
+    job = await bench.submit(
+        operation=Rollback(lock_timeout=7), terms=Terms(apply=Apply.SOFT_REBOOT), **options
+    )
+    await bench.until("changed", job.id, "running")
+    await bench.workers[-1].running.wait()
+    return job, bench.workers[-1]
+
+
+async def test_a_soft_reboot_is_prepared_by_the_same_job(bench: Bench) -> None:
+    job, worker = await soft(bench)
+    second = await following(bench, worker, {"result": "queued"})
+    assert bench.operations[-1] == SoftReboot(lock_timeout=7)
+    assert job.state is JobState.RUNNING
+    second.end(Outcome(result={"soft-reboot": "prepared"}))
+    await bench.until("finished", 1, "done")
+    assert job.result == {"result": "queued", "soft-reboot": "prepared"}
+
+
+async def test_what_was_done_before_it_is_told(bench: Bench) -> None:
+    job, worker = await soft(bench)
+    second = await following(bench, worker, {"result": "queued"})
+    second.end(Outcome(failure=Failure.of(NoSpace("full"))))
+    await bench.until("finished", 1, "failed")
+    assert job.failure == Failure(
+        ErrorName.NO_SPACE, "done, and effective from the next reboot; but there is no soft reboot: full"
+    )
+
+
+async def test_nothing_follows_a_failure_or_a_cancellation(bench: Bench) -> None:
+    _, worker = await soft(bench)
+    worker.end(Outcome(failure=Failure.of(NoSpace("full"))))
+    await bench.until("finished", 1, "failed")
+    job, worker = await soft(bench)
+    worker.obedient = False
+    await bench.queue.cancel(job)
+    worker.end(Outcome(result={"result": "queued"}))
+    await bench.until("finished", 2, "done")
+    assert [type(operation) for operation in bench.operations] == [Rollback, Rollback]
+
+
+async def test_the_second_worker_is_the_one_that_is_cancelled(bench: Bench) -> None:
+    job, worker = await soft(bench)
+    second = await following(bench, worker, {})
+    await bench.queue.cancel(job)
+    assert second.cancelled
+    await bench.until("finished", 1, "cancelled")
+
+
+async def test_who_joins_in_time_gets_one_too_and_a_reboot_is_more(bench: Bench) -> None:
+    job = await bench.submit(operation=Rollback())
+    await bench.until("changed", 1, "running")
+    assert await bench.submit(operation=Rollback(), terms=Terms(apply=Apply.SOFT_REBOOT)) is job
+    assert job.terms.apply is Apply.SOFT_REBOOT
+    await bench.workers[0].running.wait()
+    second = await following(bench, bench.workers[0], {})
+    assert await bench.submit(operation=Rollback(), terms=Terms(apply=Apply.SOFT_REBOOT)) is job
+    assert await bench.submit(operation=Rollback(), terms=Terms(apply=Apply.REBOOT)) is job
+    assert job.terms.apply is Apply.REBOOT
+    second.end(Outcome())
+    await bench.until("finished", 1, "done")
+    assert len(bench.workers) == 2
+
+
+async def test_who_comes_too_late_for_one_gets_a_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Job] = []
+
+    async def refresh() -> None:
+        # The work is done, the end is not announced.
+        late.append(await bench.submit(operation=Rollback()))
+        late.append(await bench.submit(operation=Rollback(), terms=Terms(apply=Apply.SOFT_REBOOT)))
+
+    monkeypatch.setattr(bench, "refresh", refresh)
+    job = await bench.submit(operation=Rollback())
+    await bench.until("changed", 1, "running")
+    bench.workers[0].end(Outcome())
+    await bench.until("finished", 1, "done")
+    assert late[0] is job
+    assert late[1] is not job

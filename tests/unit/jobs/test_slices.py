@@ -228,7 +228,7 @@ def test_a_comparison_that_is_asked_to_pause_waits_for_no_lock(
     """However long a job of ours has the repository alone, the time-out is not for that."""
     document = {"files": {"added": 1, "list": []}, "problems": [], "truncated": False}
     monkeypatch.setattr("hostimaged.host.diff.diff", lambda *_: document)
-    monkeypatch.setattr("hostimaged.host.read.read_host", lambda *_: None)
+    monkeypatch.setattr("hostimaged.host.diff.Both.read", lambda *_: None)
     paths = scratch_host(tmp_path)
     paths.physical_root.mkdir(exist_ok=True, parents=True)
     made(paths.repository)

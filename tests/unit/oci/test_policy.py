@@ -42,6 +42,22 @@ def test_default(policy: Path) -> None:
     assert not found.accepts_anything, "all requirements must be met"
 
 
+@pytest.mark.parametrize(
+    ("requirements", "demanded"),
+    [
+        (ACCEPT, False),
+        (REJECT, False),
+        (signed("key"), True),
+        ([{"type": "sigstoreSigned", "keyPath": "/key"}], True),
+        ([*ACCEPT, *signed("key")], True),
+        ([{"type": "somethingNew"}], False),
+    ],
+)
+def test_what_demands_a_signature(policy: Path, requirements: list[dict[str, Any]], demanded: bool) -> None:
+    policy.write_text(json.dumps({"default": requirements}))
+    assert requirement(policy, ImageReference.parse("docker://x")).demands_signature is demanded
+
+
 def test_most_specific_docker_scope_counts(policy: Path) -> None:
     """Taking away the scope that matched, the next more general one matches."""
     order = [
@@ -128,6 +144,7 @@ def test_storage_scopes_are_left_to_skopeo(policy: Path) -> None:
         )
     )
     found = requirement(policy, ImageReference.parse("containers-storage:x"))
+    assert not found.demands_signature, "nobody knows which scope applies"
     assert not found.accepts_anything
     assert not found.rejects
 

@@ -209,6 +209,19 @@ def test_policy_decides_before_anything_is_started(double: Double, tmp_path: Pat
     assert not (double.directory / "calls.jsonl").exists()
 
 
+@pytest.mark.parametrize("look", [False, True])
+def test_a_policy_that_demands_no_signature_is_not_enough_for_who_does(
+    double: Double, paths: HostPaths, tmp_path: Path, work_dir: Path, look: bool
+) -> None:
+    for reference in (REFERENCE, ImageReference.parse("oci:/srv/nothing:v1")):
+        with pytest.raises(SignatureRejected, match=f"{reference} demands signatures, but .*policy.json"):
+            open_source(reference, paths, work_dir, Silent(), look=look, signed=True)
+    assert not (double.directory / "calls.jsonl").exists()
+    strict = scratch_host(tmp_path / "strict", policy=SIGNED)
+    with open_source(REFERENCE, strict, work_dir, Silent(), look=look, signed=True):
+        assert double.opened
+
+
 def test_layout_is_read_directly_only_without_a_signature_requirement(
     double: Double, tmp_path: Path, work_dir: Path
 ) -> None:

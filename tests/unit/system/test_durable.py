@@ -234,3 +234,26 @@ def test_a_new_file_that_cannot_be_removed_either_tells_why_it_was_not_written(
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(OSError, match="full"):
         durable.write_new_file(directory, "stays", pieces())
+
+
+def test_replacements_that_a_crash_left_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    durable.replace_file(file, b"old")
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # As if the process were gone: what cleans up after an error does not run either.
+        patch.setattr(os, "rename", crash)
+        patch.setattr(os, "unlink", crash)
+        with pytest.raises(KeyboardInterrupt):
+            durable.replace_file(file, b"new")
+    others = [".file.short", ".other.abcdefghijkl", "file.abcdefghijkl", ".file.abcdefghijklm"]
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == len(others) + 2
+    durable.remove_replacements(file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "file"])
+    assert file.read_bytes() == b"old"
+    durable.remove_replacements(tmp_path / "missing/file")

@@ -45,7 +45,6 @@ def test_target_has_no_running_system(tmp_path: Path) -> None:
 PATHS_IN_IMAGES = [
     "bootimage.py: /usr/lib/os-release",
     "etcplan.py: /etc/",
-    "etcplan.py: /etc/",
     "kargs.py: /usr/lib/bootc/kargs.d",
     "selinux.py: /etc/selinux",
 ]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hostimaged.boot.esp import EspDevice
+from hostimaged.host import espmount
 from hostimaged.system import durable, syscalls
+from hostimaged.system.paths import HostPaths
 
 
 @pytest.fixture
@@ -48,3 +53,35 @@ def test_replacing_a_file_durably(esp: Path) -> None:
         durable.replace_file(target, content)
         assert target.read_bytes() == content
     assert os.listdir(esp) == ["loader.conf"]
+
+
+def test_one_that_is_not_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read and written by mounts without a place, as its own type and with the options of bootc."""
+    image = tmp_path / "esp.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.vfat", image], check=True, stdout=subprocess.DEVNULL)
+    attach = ["losetup", "--find", "--show", image]
+    device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+    number = os.stat(device).st_rdev
+    found = EspDevice(device, (os.major(number), os.minor(number)))
+    monkeypatch.setattr(espmount, "find_esp", lambda *_: found)
+    monkeypatch.setattr(espmount, "_is_needed", lambda _: True)
+    paths = dataclasses.replace(HostPaths.scratch(tmp_path), scratch_root=None, esp=None)
+    before = Path("/proc/self/mountinfo").read_text()
+    try:
+        with espmount.reached(paths, writable=True) as written:
+            assert written.esp is not None
+            (written.esp / "loader").mkdir()
+            durable.replace_file(written.esp / "loader/entry", b"content")
+            assert stat.S_IMODE((written.esp / "loader/entry").stat().st_mode) == 0o600
+        digest = image.read_bytes()
+        with espmount.reached(paths) as read:
+            assert read.esp is not None
+            assert (read.esp / "loader/entry").read_bytes() == b"content"
+            with pytest.raises(OSError, match="Read-only"):
+                (read.esp / "x").touch()
+        assert image.read_bytes() == digest
+        assert Path("/proc/self/mountinfo").read_text() == before
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

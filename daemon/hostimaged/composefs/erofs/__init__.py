@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from hostimaged.composefs.erofs.format import ErofsError, Format, UnsupportedTree
 
 if TYPE_CHECKING:
-    from hostimaged.composefs.erofs.reader import Image
+    from hostimaged.composefs.erofs.reader import Image, possible_objects
     from hostimaged.composefs.erofs.writer import build
 
-__all__ = ["ErofsError", "Format", "Image", "UnsupportedTree", "build"]
+__all__ = ["ErofsError", "Format", "Image", "UnsupportedTree", "build", "possible_objects"]
 
 
 def __getattr__(name: str) -> object:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> object:
         from hostimaged.composefs.erofs.writer import build
 
         return build
-    if name == "Image":
-        from hostimaged.composefs.erofs.reader import Image
+    if name in ("Image", "possible_objects"):
+        from hostimaged.composefs.erofs import reader
 
-        return Image
+        return getattr(reader, name)
     raise AttributeError(name)

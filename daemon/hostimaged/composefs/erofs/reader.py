@@ -123,6 +123,17 @@ class Image:
             raise self._raw.error("is of format V2 and has an escaped whiteout")
 
 
+def possible_objects(data: bytes, algorithm: Algorithm, *, name: str = "the image") -> list[bytes]:
+    """Every object that the image in ``data`` needs, in no order, some more than once, and perhaps others.
+
+    Whatever looks like the name of an object is taken for one, wherever it stands: twenty times as fast as
+    ``Image.objects``, for those who want to keep what is needed. Of the structure only the headers are
+    checked; raises ``ErofsError``.
+    """
+    RawImage(data, name)
+    return ObjectNames(algorithm).anywhere(data)
+
+
 def _inodes(
     raw: RawImage, walk: Walk, check_directory: Callable[[Inode, list[tuple[bytes, int]]], None] | None = None
 ) -> Iterator[tuple[Inode, list[Xattr]]]:

@@ -5,7 +5,9 @@ Facts: composefs-rs 0.9, erofs reader.
 
 from __future__ import annotations
 
+import re
 import stat as st
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hostimaged.composefs.erofs.format import (
@@ -85,6 +87,22 @@ class ObjectNames:
             return parse_pathname(self._algorithm, value.removeprefix(b"/"))
         except FsVerityError:
             return None
+
+    def anywhere(self, data: bytes) -> list[bytes]:
+        """The digest in whatever could be such a value, anywhere in ``data``."""
+        found: list[bytes] = []
+        head, size = self._head, self._algorithm.digest_size
+        at = data.find(head)
+        while at >= 0:
+            start = at + len(head)
+            if start + size <= len(data):
+                found.append(data[start : start + size])
+            # What looks like a head may be part of a value: the next may begin anywhere.
+            at = data.find(head, at + 1)
+        for match in re.finditer(rb"/[0-9a-fA-F]{%d}" % (2 * size - 2), data):
+            with suppress(FsVerityError):
+                found.append(parse_pathname(self._algorithm, data[max(match.start() - 2, 0) : match.end()]))
+        return found
 
 
 class _Open(NamedTuple):

@@ -58,7 +58,10 @@ class ObjectStore:
     what ``VerityPolicy`` raises.
     """
 
-    __slots__ = ("_algorithm", "_base", "_directories", "_lock", "_policy", "_root")
+    __slots__ = ("_algorithm", "_base", "_directories", "_lock", "_policy", "_root", "distrusted")
+
+    #: Objects that are there, but damaged: they count as missing, and are replaced when they are stored.
+    distrusted: set[ObjectId]
 
     def __init__(self, root: int, algorithm: Algorithm, policy: VerityPolicy) -> None:
         self._root = root
@@ -67,6 +70,7 @@ class ObjectStore:
         self._base = -1
         self._directories = [-1] * 256
         self._lock = threading.Lock()
+        self.distrusted = set()
 
     def store(self, buffer: Buffer) -> Stored:
         """Store bytes that are in memory: hashed first, written only if they are not there."""
@@ -120,6 +124,7 @@ class ObjectStore:
             if self._present(id_, size):
                 return Stored(id_, is_new=False)
             new.publish(directory, id_.hex()[2:], replace=True)
+        self.distrusted.discard(id_)
         return Stored(id_, is_new=True)
 
     def _present(self, id_: ObjectId, size: int) -> bool | None:
@@ -128,6 +133,8 @@ class ObjectStore:
         A power cut before ``syncfs`` can leave an object that is empty or cut short. It is proved not to be
         what its name says, and without fs-verity nothing else would ever notice: it is to be replaced.
         """
+        if id_ in self.distrusted:
+            return False
         try:
             directory = self._directory(id_[0])
             name = id_.hex()[2:]
@@ -152,8 +159,23 @@ class ObjectStore:
         fd, _ = self._open(id_)
         return fd
 
+    def open_verified(self, id_: ObjectId) -> int:
+        """As ``open``, and the digest is checked in any case: where the kernel does not, all is read."""
+        fd, vouched = self._open(id_)
+        try:
+            if not vouched and (found := fsverity.digest_fd(self._algorithm, fd)) != id_:
+                raise VerityMismatch(f"object {id_.hex()} has content with the digest {found.hex()}")
+        except OSError as error:
+            os.close(fd)
+            raise from_os_error(error, f"cannot read object {id_.hex()}") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def _open(self, id_: ObjectId) -> tuple[int, bool]:
         """The descriptor, and whether the kernel vouches for the content."""
+        self.check_trusted(id_)
         try:
             fd = os.open(id_.hex()[2:], _FILE_FLAGS, dir_fd=self._directory(id_[0]))
         except FileNotFoundError:
@@ -186,8 +208,15 @@ class ObjectStore:
             raise VerityMismatch(f"object {id_.hex()} has content with the digest {found.hex()}")
         return data
 
+    def check_trusted(self, id_: ObjectId) -> None:
+        """Raises ``VerityMismatch`` for an object that is known to be damaged."""
+        if id_ in self.distrusted:
+            raise VerityMismatch(f"object {id_.hex()} is damaged")
+
     def size(self, id_: ObjectId) -> int | None:
         """Bytes of an object; None if it is missing. The content is not looked at."""
+        if id_ in self.distrusted:
+            return None
         try:
             return os.stat(id_.hex()[2:], dir_fd=self._directory(id_[0])).st_size
         except FileNotFoundError:

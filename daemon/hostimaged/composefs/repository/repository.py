@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from hostimaged.composefs import fsverity
-from hostimaged.composefs.fsverity import Algorithm
+from hostimaged.composefs.fsverity import Algorithm, FsVerityError
 from hostimaged.composefs.repository import names, opening
 from hostimaged.composefs.repository.metadata import DEFAULT_FORMATS, Metadata, RepositoryMissing, Verity
 from hostimaged.composefs.repository.names import NameTable, check_name, check_reference
@@ -27,7 +27,7 @@ from hostimaged.errors import (
 from hostimaged.system import durable, locks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator
     from types import TracebackType
 
     from hostimaged.composefs.fsverity import Buffer
@@ -315,6 +315,10 @@ class Repository:
         """Bytes that its objects take on disk (blocks, not lengths); looks at every object."""
         return self._objects.used_bytes()
 
+    def scan_objects(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every file among the objects: its path below ``objects`` and its status, without a lock."""
+        return self._objects.scan()
+
     # --- objects -------------------------------------------------------------------------------------------
 
     def store_object(self, buffer: Buffer) -> Stored:
@@ -334,9 +338,25 @@ class Repository:
         """A descriptor of an object, the caller's to close; ``ObjectMissing`` if there is none."""
         return self._objects.open(id_)
 
+    def open_verified(self, id_: ObjectId, /) -> int:
+        """As ``open_object``, with the digest checked in any case: by the kernel, or by reading it all."""
+        return self._objects.open_verified(id_)
+
     def read_object(self, id_: ObjectId, limit: int) -> bytes:
         """The content of an object, its digest checked. Raises ``LimitsExceeded`` beyond ``limit`` bytes."""
         return self._objects.read(id_, limit)
+
+    def distrust(self, ids: Collection[ObjectId]) -> None:
+        """From now on take these objects, which are known to be damaged, for missing.
+
+        Reading them raises ``VerityMismatch``; storing one replaces it, in one step, and ends the distrust.
+        """
+        self._objects.distrusted.update(ids)
+
+    @property
+    def distrusted(self) -> frozenset[ObjectId]:
+        """The objects that are taken for missing."""
+        return frozenset(self._objects.distrusted)
 
     def has_object(self, id_: ObjectId) -> bool:
         """Whether there is a file of that name; it is not looked into."""
@@ -360,6 +380,12 @@ class Repository:
         """The part of ``check_writable`` that no system call tells: it is asked once per object."""
         if self.metadata.unknown_read_only_compatible:
             self.check_writable()
+
+    def _check_trusted(self, link: str) -> None:
+        """Raises ``VerityMismatch`` if ``link`` leads to an object that is known to be damaged."""
+        if self._objects.distrusted and (text := self._names.read(link)) is not None:
+            with contextlib.suppress(FsVerityError):
+                self._objects.check_trusted(fsverity.parse_pathname(self.algorithm, text))
 
     # --- streams -------------------------------------------------------------------------------------------
 
@@ -416,6 +442,8 @@ class Repository:
         the caller wants.
         """
         what = f"stream {name or (id_ or b'').hex()}"
+        if id_ is None and "/" not in name:
+            self._check_trusted(f"{_STREAMS}/{check_name(name)}")
         if id_ is not None:
             fd = self._objects.open(id_)
         elif (opened := self._names.open(f"{_STREAMS}/{check_reference(name)}")) is not None:
@@ -480,6 +508,8 @@ class Repository:
         ``name`` is the id in hex, which is checked as any object's, a reference without ``/``, or ``refs/``
         and a reference, which are not. Raises ``ImageNotFound``, ``VerityMismatch`` or ``FsVerityError``.
         """
+        if "/" not in name:
+            self._check_trusted(f"{_IMAGES}/{check_name(name)}")
         fd = self._names.open(f"{_IMAGES}/{check_reference(name)}")
         if fd is None and "/" not in name:
             fd = self._names.open(f"{_IMAGE_REFS}/{name}")
@@ -498,6 +528,23 @@ class Repository:
             os.close(fd)
             raise
         return fd
+
+    def name_image(self, name: str, ref: str) -> None:
+        """Let the reference ``ref`` lead to the image ``name``, an id in hex; as ``name_stream``.
+
+        Raises ``ImageNotFound``.
+        """
+        check_reference(ref)
+        self.check_writable()
+        if not self._names.leads_somewhere(f"{_IMAGES}/{check_name(name)}"):
+            raise ImageNotFound(f"image {printable(name)} is not in the repository")
+        self._names.set(f"{_IMAGE_REFS}/{ref}", f"{_IMAGES}/{name}")
+
+    def remove_image_ref(self, ref: str) -> bool:
+        """Remove a reference; says whether it was there."""
+        check_reference(ref)
+        self.check_writable()
+        return self._names.remove(f"{_IMAGE_REFS}/{ref}")
 
     def images(self) -> list[str]:
         """The ids, in hex, of all images, sorted."""
