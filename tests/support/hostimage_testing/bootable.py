@@ -31,7 +31,7 @@ PACKAGES = (
     *("fsverity", "systemd-boot-efi", "skopeo", "python3", "python3-pip", "python3-zstandard"),
     *("python3-pydantic", "python3-structlog", "python3-dbus-next"),
 )
-VERSIONS = ("v1", "v2", "v3")
+CREATED = {f"v{n}": f"2026-11-0{n}T08:00:00Z" for n in (1, 2, 3)}
 #: What updates follow: a link that tests point to the layout of a version.
 TRACKED = "oci:/run/os:latest"
 #: What a guest says on its second serial line when commands may be sent there.
@@ -75,7 +75,7 @@ After=multi-user.target systemd-user-sessions.service
 
 [Service]
 ExecStartPre=/bin/stty -F /dev/ttyS1 raw -echo
-ExecStart=/bin/sh -c 'echo "{SHELL_READY}"; exec /bin/bash --noprofile --norc'
+ExecStart=/bin/sh -c 'echo "{SHELL_READY}"; PS1= PS2= exec /bin/bash --noprofile --norc --noediting'
 StandardInput=tty-force
 StandardOutput=tty
 StandardError=tty
@@ -181,7 +181,8 @@ def _write_layouts(root: Path, modules: Path, images: Path) -> None:
 def _write_layout(shared: Layout, version: str, layers: list[Layer]) -> None:
     """Blobs go where all are; the directory of the version has its own index."""
     shared.manifests.clear()
-    shared.image("latest", layers, labels={"org.opencontainers.image.version": version})
+    labels = {"org.opencontainers.image.version": version}
+    shared.image("latest", layers, labels=labels, config_extra={"created": CREATED[version]})
     directory = shared.path.with_name(version)
     directory.mkdir()
     (directory / "blobs").symlink_to("../shared/blobs")

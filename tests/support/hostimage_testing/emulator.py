@@ -52,10 +52,11 @@ def firmware() -> tuple[Path, Path]:
 class Machine:
     """One guest, whose files are below ``directory``; started by ``start``, off at first.
 
-    ``disk`` is written to, ``images`` is not. A context manager that pulls the plug at the end.
+    ``disk`` is what the emulator is told of the disk that is written to (``Installed.overlay``, ``power``).
+    A context manager that pulls the plug at the end.
     """
 
-    def __init__(self, directory: Path, disk: Path, images: Path) -> None:
+    def __init__(self, directory: Path, disk: str, images: Path) -> None:
         self.directory = directory
         self._emulator = require("qemu-system-x86_64")
         code, variables = firmware()
@@ -63,11 +64,12 @@ class Machine:
         self._socket = directory / "shell"
         self.console = directory / "console"
         self.console.touch()
+        # Its parent's end is its own: nothing of a test run that was killed stays.
         self._argv = [
-            self._emulator, *EMULATOR,
+            "setpriv", "--pdeathsig", "KILL", self._emulator, *EMULATOR,
             "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
             "-drive", f"if=pflash,format=raw,unit=1,file={own}",
-            "-drive", f"file={disk},format=qcow2,if=virtio,cache=unsafe",
+            "-drive", f"{disk},if=virtio",
             "-drive", f"file={images},format=raw,if=virtio,readonly=on",
             "-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console",
             "-chardev", f"socket,id=shell,path={self._socket},server=on,wait=off", "-serial", "chardev:shell",
@@ -125,7 +127,7 @@ class Machine:
     def shut_down(self, how: str = "poweroff") -> None:
         """Shut down in order, and wait for the end."""
         assert self._process is not None
-        self._say(f"systemctl {how}")
+        self._say(f"systemctl --no-block {how}")
         try:
             self._process.wait(STOP_LIMIT)
         except subprocess.TimeoutExpired:
@@ -149,25 +151,19 @@ class Machine:
         return Finished(code, text, "")
 
     def as_user(self, *argv: str, check: bool = True, limit: float = PATIENCE) -> Finished:
-        """Run a program inside in a session of the user who sits at the computer."""
-        session = [f"--uid={USER}", "-pPAMName=login", "-EXDG_SESSION_CLASS=user", "-EXDG_SEAT=seat0"]
-        start = [
-            "systemd-run",
-            "--quiet",
-            "--pipe",
-            "--wait",
-            "--collect",
-            *session,
-            "-ELC_ALL=C.UTF-8",
-            "--",
-        ]
+        """Run a program inside in a session of the user who sits at the computer.
+
+        Its virtual terminal is the one in front, without which logind takes no session there for active.
+        """
+        environment = ["-EXDG_SESSION_CLASS=user", "-EXDG_SEAT=seat0", "-EXDG_VTNR=1", "-ELC_ALL=C.UTF-8"]
+        unit = ["--quiet", "--pipe", "--wait", "--collect", f"--uid={USER}", "-pPAMName=login"]
+        start = ["systemd-run", *unit, *environment, "--"]
         return self.run(*start, *argv, check=check, limit=limit)
 
     def as_nobody(self, *argv: str, check: bool = True, limit: float = PATIENCE) -> Finished:
         """Run a program inside as the user, but in no session."""
-        return self.run(
-            "setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", *argv, check=check, limit=limit
-        )
+        become = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--"]
+        return self.run(*become, *argv, check=check, limit=limit)
 
     def journal(self, *arguments: str) -> str:
         """The end of the journal of this boot, or what ``arguments`` choose of it."""

@@ -65,12 +65,18 @@ class Installed:
     disk: Path
     images: Path
 
-    def overlay(self, directory: Path) -> Path:
+    def overlay(self, directory: Path) -> str:
         """A new disk below ``directory`` that stores what becomes different from ``disk``."""
         path = directory / "disk.qcow2"
         path.unlink(missing_ok=True)
         argv = [require("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", self.disk, path]
         subprocess.run(argv, check=True)
+        return f"file={path},format=qcow2,cache=unsafe"
+
+    def raw(self, directory: Path) -> Path:
+        """A copy of ``disk`` as a plain file below ``directory``."""
+        path = directory / "disk.raw"
+        subprocess.run([require("qemu-img"), "convert", "-q", "-O", "raw", self.disk, path], check=True)
         return path
 
 
@@ -136,7 +142,7 @@ def _install(made: bootable.Bootable, target: Path, directory: Path) -> None:
     disk, console = target / "disk.qcow2", directory / "console"
     subprocess.run([require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"], check=True)
     argv = [
-        require("qemu-system-x86_64"), *emulator.EMULATOR,
+        "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *emulator.EMULATOR,
         "-kernel", made.kernel, "-initrd", made.initramfs,
         "-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/usr/sbin/install-guest",
         "-drive", f"file={system},format=raw,if=virtio,cache=unsafe",
