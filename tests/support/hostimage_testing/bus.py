@@ -125,8 +125,10 @@ class Daemon:
             self.process.wait()
 
     def descriptors(self) -> int:
+        """How many are open, but for the one that watches files, which comes some time after the start."""
         assert self.process is not None
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        directory = Path(f"/proc/{self.process.pid}/fd")
+        return sum(_target(link) not in {"", "anon_inode:inotify"} for link in directory.iterdir())
 
     def resident(self) -> int:
         """Resident memory in bytes."""
@@ -303,6 +305,14 @@ async def error_of(awaitable: Any) -> BusError:
     except BusError as error:
         return error
     raise AssertionError(f"no error but {result!r}")
+
+
+def _target(link: Path) -> str:
+    """What an open descriptor is of; "" where it was closed meanwhile."""
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:
+        return ""
 
 
 def ended(pid: int, patience: float = PATIENCE) -> bool:
