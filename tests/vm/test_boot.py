@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(3000)]
 
 #: Each object below the directory has the digest it is called by, or is printed.
 _MEASURE = """cd /sysroot/composefs/objects && find . -type f -print0 | xargs -0 fsverity measure |
-awk '{ name = $2; gsub("[./]", "", name); if ($1 != "sha512:" name) print; else right++ } END { print right + 0 }'"""
+awk '{ name = $2; gsub("[./]", "", name); if ($1 != "sha512:" name) print; else right++ }
+END { print right + 0 }'"""
 
 
 @pytest.fixture
@@ -94,7 +95,9 @@ def test_install_update_and_roll_back(guest: Machine) -> None:
     assert second["boot-digest"] == first["boot-digest"]
 
     guest.shell("echo only here >/etc/local; echo kept on >/var/kept")
-    guest.as_user("hostimagectl", "rollback")
+    refused = guest.as_user("hostimagectl", "rollback", check=False)
+    assert (refused.code, "org.hostimage1.rollback" in refused.out) == (5, True), "that takes a password"
+    guest.run("hostimagectl", "rollback")
     guest.reboot()
     assert check_booted(guest, "v1")["id"] == first["id"]
     shown = guest.run("cat", "/etc/local", "/etc/motd", "/var/kept", "/etc/image-setting").out.split("\n")
@@ -106,6 +109,6 @@ def test_install_update_and_roll_back(guest: Machine) -> None:
     guest.as_user("hostimagectl", "upgrade", limit=600)
     third = deployment(guest, "staged")
     assert third["boot-digest"] != first["boot-digest"]
-    guest.as_user("hostimagectl", "unstage")
+    guest.run("hostimagectl", "unstage")
     assert files_of_boot(guest) == before
     assert [each for each in status(guest)["deployments"] if each["staged"]] == []
