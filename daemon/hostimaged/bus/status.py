@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hostimage_dbus.names import API_VERSION
 from hostimage_dbus.transport import Encoded, Variant
@@ -89,10 +88,16 @@ class StatusCache:
         return self._known.is_set()
 
     async def known(self) -> None:
-        """Return when the first scan came back, or after ``FIRST_SCAN`` without one."""
-        with suppress(TimeoutError):
+        """Return when the first scan came back, or after ``FIRST_SCAN`` without one: then a problem says so.
+
+        Nothing found and nothing known yet would look the same otherwise.
+        """
+        try:
             async with asyncio.timeout(FIRST_SCAN):
                 await self._known.wait()
+        except TimeoutError:
+            if not self.is_known:
+                self._tell("warning", "what is installed on this host is still being looked for")
 
     @property
     def findings(self) -> Findings:
@@ -156,11 +161,19 @@ class StatusCache:
 
     def _failed(self, place: int, text: str) -> None:
         """Keep what was known, and say that it may be old."""
+        self._set(place, self._with_problem("error", text))
+
+    def _tell(self, severity: Literal["error", "warning"], text: str) -> None:
+        """Say something of the scan that has not come back."""
+        self._prepared = self._with_problem(severity, text)
+        self._findings = self._sizes.applied(self._prepared.findings)
+        self._changed()
+
+    def _with_problem(self, severity: Literal["error", "warning"], text: str) -> _Prepared:
         findings = self._prepared.findings
         known = [problem for problem in findings.problems if problem.id != "scan"]
-        problems = [*known, Problem(id="scan", severity="error", text=text)]
-        findings = findings.model_copy(update={"problems": problems})
-        self._set(place, replace(self._prepared, findings=findings))
+        problems = [*known, Problem(id="scan", severity=severity, text=text)]
+        return replace(self._prepared, findings=findings.model_copy(update={"problems": problems}))
 
     def _set(self, place: int, prepared: _Prepared) -> None:
         if place < self._taken_place:
