@@ -33,8 +33,11 @@ def offer(guest: Machine, version: str) -> None:
 
 
 def status(guest: Machine) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(guest.as_nobody("hostimagectl", "status", "--json").out)
-    return found
+    """What is told once the daemon, which the first call starts, has looked at all; it is slow here."""
+    while True:
+        found: dict[str, Any] = json.loads(guest.as_nobody("hostimagectl", "status", "--json").out)
+        if not any(problem["id"] == "scan" for problem in found["problems"]):
+            return found
 
 
 def deployment(guest: Machine, kind: str) -> dict[str, Any]:
