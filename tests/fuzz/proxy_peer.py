@@ -128,7 +128,9 @@ def scripted_skopeo(data: bytes, work_dir: Path) -> Iterator[skopeo.SkopeoSource
     def stop(process: FakeProcess, _: float) -> None:
         process.wait()
 
-    containers = ContainersConfig(work_dir / "policy.json", work_dir / "none", work_dir, (), explicit=True)
+    containers = ContainersConfig(
+        work_dir / "policy.json", work_dir / "none", work_dir, (), explicit=True, storage=work_dir / "none"
+    )
     reference = ImageReference.parse("docker://registry.example/os:latest")
     with (
         mock.patch.multiple(skopeo, spawn=spawn, stop=stop, _PATIENCE=SILENCE),

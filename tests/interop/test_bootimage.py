@@ -278,7 +278,7 @@ WITH_USER_XATTRS = tars.pax((b"SCHILY.xattr.user.a", b"b")) + tars.file(b"usr/ke
 @pytest.mark.parametrize("mode", list(XattrMode))
 @pytest.mark.parametrize("version", [V1, V2])
 @pytest.mark.parametrize("formats", [FormatSet(V1), FormatSet(V2)], ids=str)
-def test_an_expected_image_is_found(
+def test_r29_an_expected_image_is_found(
     place: MakePlace, mode: XattrMode, version: Format, formats: FormatSet
 ) -> None:
     there = place(MINIMAL, WITH_USER_XATTRS, formats=formats)
@@ -295,7 +295,7 @@ def test_an_expected_image_is_found(
     there.judge.check(images=1)
 
 
-def test_an_expected_image_of_an_older_version_is_found(place: MakePlace) -> None:
+def test_r29_an_expected_image_of_an_older_version_is_found(place: MakePlace) -> None:
     """The emptied directories kept their fractions of a second in composefs-rs 0.9.0."""
     older = layer({}, ["boot"], mtime="5.75")
     there = place(MINIMAL, older)
@@ -323,7 +323,7 @@ def test_an_unexpected_image(place: MakePlace) -> None:
 
 @pytest.mark.parametrize("mark", ["", "?"])
 @pytest.mark.parametrize("version", [V1, V2])
-def test_a_unified_kernel_names_its_image(place: MakePlace, version: Format, mark: str) -> None:
+def test_r29_a_unified_kernel_names_its_image(place: MakePlace, version: Format, mark: str) -> None:
     base = layer({"usr/lib/os-release": b"ID=test\n"}, DIRECTORIES)
     bare = place(base)
     expected = bare.computed(version)

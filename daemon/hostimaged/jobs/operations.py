@@ -40,7 +40,7 @@ class Profile(StrEnum):
 
 #: Capabilities a worker keeps; all others leave its bounding set too. Everything we write belongs to root,
 #: whose files need no capability. DAC_READ_SEARCH: a repository, layout, archive or auth file may belong to
-#: another user. containers-storage is read by skopeo, which mounts layers and enters user namespaces.
+#: another user.
 CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
     Profile.SCAN: frozenset({Capability.DAC_READ_SEARCH}),
     Profile.PULL: frozenset({Capability.DAC_READ_SEARCH}),
@@ -62,21 +62,8 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.SYS_CHROOT,
         }
     ),
-    Profile.PULL_STORAGE: frozenset(
-        {
-            Capability.CHOWN,
-            Capability.DAC_OVERRIDE,
-            Capability.DAC_READ_SEARCH,
-            Capability.FOWNER,
-            Capability.FSETID,
-            Capability.MKNOD,
-            Capability.SETFCAP,
-            Capability.SETGID,
-            Capability.SETUID,
-            Capability.SYS_ADMIN,
-            Capability.SYS_CHROOT,
-        }
-    ),
+    # To make files of a store ours: hard links to those of any owner, and fs-verity on them.
+    Profile.PULL_STORAGE: frozenset({Capability.DAC_OVERRIDE, Capability.DAC_READ_SEARCH, Capability.FOWNER}),
 }
 
 

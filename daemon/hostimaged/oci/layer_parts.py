@@ -39,11 +39,18 @@ class LayerSplitter:
 
     ``fetch`` gives the tar in buffers, None at its end; ``emit`` gets its parts, one after the other. Nothing
     is dropped: all parts together are the tar, with padding and whatever follows the end marker. Buffers must
-    not change after they were given.
+    not change after they were given. With ``take``, contents of over 64 bytes are not among the buffers: it
+    is called with their size where one is due.
     """
 
-    def __init__(self, fetch: Callable[[], Buffer | None], emit: Callable[[Part, Buffer], object]) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[], Buffer | None],
+        emit: Callable[[Part, Buffer], object],
+        take: Callable[[int], object] | None = None,
+    ) -> None:
         self._emit = emit
+        self._take = take
         self._window = Window(fetch, lambda buffer: emit(Part.INLINE, buffer))
 
     def run(self, notice: Callable[[TarHeader, Buffer], object] | None = None) -> int:
@@ -71,6 +78,11 @@ class LayerSplitter:
         return headers.count
 
     def _content(self, size: int) -> None:
+        if self._take is not None:
+            if not self._window.settle():
+                raise UnsupportedImage("a content is where it should not be")
+            self._take(size)
+            return
         if size <= SMALL:
             self._emit(Part.CONTENT, self._window.content(size))
             return

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hostimaged.composefs.fsverity import Buffer
-    from hostimaged.composefs.repository import PoolWriter, Repository, Stored, StorePool
+    from hostimaged.composefs.repository import How, PoolWriter, Repository, Sharing, Stored, StorePool
     from hostimaged.composefs.splitstream import Writer
     from hostimaged.ids import ObjectId
     from hostimaged.progress import Reporter
@@ -56,6 +56,8 @@ class LayerStore:
         self._large: ObjectWriter | PoolWriter | None = None
         self._large_size = 0
         self.objects_new = self.objects_present = self.bytes_new = self.bytes_present = 0
+        # Objects and bytes by how they were stored.
+        self.how: dict[How, tuple[int, int]] = {}
 
     def add(self, part: Part, buffer: Buffer) -> None:
         """Store the next part."""
@@ -115,6 +117,13 @@ class LayerStore:
                 self._stored(stored, self._large_size)
         self._settle()
 
+    def add_file(self, fd: int, size: int, sharing: Sharing, seen: Callable[[Buffer], object]) -> None:
+        """Store the next content, that of an open file; ``seen`` gets it, too."""
+        self._reporter.at("layer.store")
+        with self._storing:
+            stored = self._repository.store_file(fd, size, sharing, seen)
+        self._stored(stored, size)
+
     def _send(self) -> None:
         slot, self._slot = self._slot, None
         if slot is not None:
@@ -156,6 +165,8 @@ class LayerStore:
         self._writer.external(stored.id, size)
         if self._noticed is not None:
             self._noticed(stored.id)
+        objects, total = self.how.get(stored.how, (0, 0))
+        self.how[stored.how] = objects + 1, total + size
         if stored.is_new:
             self.objects_new += 1
             self.bytes_new += size

@@ -7,17 +7,19 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs.repository import Sharing
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, CorruptRepository, UnsupportedImage, VerityMismatch, printable
 from hostimaged.ids import DiffId
 from hostimaged.oci.decompress import DEFAULT_LIMIT, TAR_LAYERS, Compression, decompressed
 from hostimaged.oci.images import layer_stream
+from hostimaged.oci.source import UnpackedSource
 from hostimaged.system.syscalls import keep_freed_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from hostimaged.composefs.repository import Repository, StorePool
+    from hostimaged.composefs.repository import How, Repository, StorePool
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
@@ -126,15 +128,19 @@ def fetch_layers(
     plans: Sequence[LayerPlan],
     reporter: StoppableReporter,
     kept: KeptEntries | None = None,
+    sharing: Sharing = Sharing.AUTO,
+    tally: Tally | None = None,
 ) -> dict[DiffId, ObjectId]:
     """Fetch and store ``plans``, each of another id, as many at once as processors are used; their stream
-    ids. The entries of the layers are put into ``kept``.
+    ids. The entries of the layers are put into ``kept``; ``tally`` counts objects made of files.
 
     The largest come first, so that the last ones to end are short. Every layer that is named is complete and
     verified, whatever happens to the others. The first error stops the rest and is raised.
     """
     if not plans:
         return {}
+    if isinstance(source, UnpackedSource):
+        return _fetch_unpacked(repository, source, plans, reporter, kept, sharing, tally or Tally())
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     from hostimaged.composefs.repository import StorePool
@@ -165,6 +171,43 @@ def fetch_layers(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return found
+
+
+def _fetch_unpacked(
+    repository: Repository,
+    source: UnpackedSource,
+    plans: Sequence[LayerPlan],
+    reporter: StoppableReporter,
+    kept: KeptEntries | None,
+    sharing: Sharing,
+    tally: Tally,
+) -> dict[DiffId, ObjectId]:
+    """Layers that need no unpacking, one after the other: there is nothing to wait for."""
+    from hostimaged.oci.unpacked_import import import_unpacked
+
+    found: dict[DiffId, ObjectId] = {}
+    for plan in plans:
+        if plan.content_type is not ContentType.LAYER:
+            raise UnsupportedImage(f"{plan.id} is no layer of a container image")
+        with source.unpacked(plan.id) as layer:
+            found[plan.id], how = import_unpacked(repository, layer.parts, plan.id, reporter, sharing, kept)
+        tally.add(how)
+        reporter.advance(plan.descriptor.size)
+        reporter.at("layer.stored")
+    return found
+
+
+class Tally:
+    """How many objects, and bytes of them, came into the repository in which way."""
+
+    def __init__(self) -> None:
+        self.how: dict[How, tuple[int, int]] = {}
+
+    def add(self, how: Mapping[How, tuple[int, int]]) -> None:
+        """Add what one layer needed."""
+        for way, (objects, size) in how.items():
+            before = self.how.get(way, (0, 0))
+            self.how[way] = before[0] + objects, before[1] + size
 
 
 def _fetch(

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.composefs.repository import Repository
+from hostimaged.composefs.repository import How, Repository, Sharing, SharingImpossible
 from hostimaged.errors import (
     CorruptRepository,
     ImageNotFound,
@@ -27,9 +27,9 @@ from hostimaged.errors import (
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
 from hostimaged.oci.commit import Commit, Contents
-from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
+from hostimaged.oci.layers import StoppableReporter, Tally, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
-from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
+from hostimaged.oci.source import DEFAULT_PATIENCE, UnpackedSource, open_source
 from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
@@ -64,6 +64,7 @@ class PullResult:
     """What a pull achieved. Bytes are counted as transferred; ``changed`` is False if all was there already.
 
     ``source_digest`` differs from ``manifest_digest`` where the manifest was converted to OCI.
+    ``shared`` tells objects and bytes that came from files of a store, by how.
     ``layers_present`` of the ``layers_total`` layers of the manifest were stored before.
     """
 
@@ -80,6 +81,7 @@ class PullResult:
     bytes_total: int
     bytes_fetched: int
     image_ids: dict[Format, ObjectId] = field(default_factory=dict)
+    shared: dict[How, tuple[int, int]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For the bus: strings, booleans, numbers and lists of strings."""
@@ -97,7 +99,17 @@ class PullResult:
             "layers-present": self.layers_present,
             "bytes-total": self.bytes_total,
             "bytes-fetched": self.bytes_fetched,
+            **self._sharing(),
         }
+
+    def _sharing(self) -> dict[str, int]:
+        if not self.shared:
+            return {}
+        found: dict[str, int] = {}
+        for how in (How.REFLINKED, How.LINKED, How.COPIED):
+            objects, size = self.shared.get(how, (0, 0))
+            found |= {f"objects-{how}": objects, f"bytes-{how}": size}
+        return found
 
 
 def pull_image(
@@ -110,6 +122,7 @@ def pull_image(
     reporter: Reporter,
     patience: Patience = DEFAULT_PATIENCE,
     signed: bool = False,
+    sharing: Sharing = Sharing.AUTO,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -118,9 +131,11 @@ def pull_image(
     device. When it raises, no name points to anything that is not whole and verified, and repeating it goes
     on where it stopped. With ``expect_digest`` the digest of the manifest, here or at the source, must be
     that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
-    the signature policy has to demand a signature of the image.
+    the signature policy has to demand a signature of the image. ``sharing``: how files of containers-storage
+    become objects.
 
-    Raises ``PreconditionFailed`` where it is not; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
+    Raises ``SharingImpossible`` where they would have to be copied and must not be;
+    ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
     ``CorruptRepository`` and others of the repository; ``ImageNotFound``, ``RegistryAuth``, ``NetworkError``,
     ``SignatureRejected``, ``DigestMismatch`` and others of the source; ``UnsupportedImage``; ``Cancelled``.
     """
@@ -138,8 +153,10 @@ def pull_image(
         repository.check_writable()
         stoppable.at("pull.opened")
         with private_directory(paths.temporary, "pull-") as work_dir:
-            with open_source(reference, paths, work_dir, stoppable, patience, signed=signed) as source:
-                pull = _Pull(repository, reference, stoppable)
+            with open_source(
+                reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
+            ) as source:
+                pull = _Pull(repository, reference, stoppable, sharing)
                 image, layers_found = pull.fetch(source, expect_digest)
             result = pull.commit(image, layers_found)
         _record(paths, result, stoppable)
@@ -182,11 +199,17 @@ class _Pull:
     """One pull into an open repository."""
 
     def __init__(
-        self, repository: Repository, reference: ImageReference, reporter: StoppableReporter
+        self,
+        repository: Repository,
+        reference: ImageReference,
+        reporter: StoppableReporter,
+        sharing: Sharing,
     ) -> None:
         self._repository = repository
         self._reference = reference
         self._reporter = reporter
+        self._sharing = sharing
+        self._tally = Tally()
         # A layer that was just imported need not be read back.
         self._kept: KeptEntries | None = None
 
@@ -196,12 +219,15 @@ class _Pull:
         """All that needs the source; gives the image and the stream ids of its layers."""
         image = self._resolve(source, expect_digest)
         self._reporter.at("pull.resolved")
-        self._begin(image)
+        shares = self._shares(source)
+        self._begin(image, 0 if shares else image.fetch_size)
         if image.missing and image.config is not None:
             from hostimaged.oci.entries import KeptEntries
 
             self._kept = KeptEntries()
-        fetched = fetch_layers(self._repository, source, image.missing, self._reporter, self._kept)
+        fetched = fetch_layers(
+            self._repository, source, image.missing, self._reporter, self._kept, self._sharing, self._tally
+        )
         return image, image.stored | fetched
 
     def commit(self, image: _Resolved, found: dict[DiffId, ObjectId]) -> PullResult:
@@ -252,14 +278,30 @@ class _Pull:
         except (ImageNotFound, CorruptRepository, VerityMismatch):
             return None
 
-    def _begin(self, image: _Resolved) -> None:
-        """Make room sure and say how much there is to do; the configuration is in hand already."""
+    def _shares(self, source: ImageSource) -> bool:
+        """Whether files of the source need not be copied; raises ``SharingImpossible`` if they must not."""
+        if self._sharing is Sharing.COPY or not isinstance(source, UnpackedSource):
+            return False
+        if self._repository.can_share(source.root).any:
+            return True
+        if self._sharing is Sharing.REQUIRE:
+            raise SharingImpossible(
+                f"files of containers-storage in {source.root} can neither be cloned nor linked into "
+                f"{self._repository.path}"
+            )
+        return False
+
+    def _begin(self, image: _Resolved, needed: int) -> None:
+        """Make room for ``needed`` bytes sure and say how much there is to do.
+
+        The configuration is in hand already.
+        """
         total = image.manifest.total_size
         # Two blobs of one layer: the one that is not needed counts as there.
         self._reporter.totals(total, max(total - image.fetch_size, 0))
         if not image.config_stored:
             self._reporter.advance(image.manifest.config.size)
-        self._check_space(image.fetch_size)
+        self._check_space(needed)
         self._reporter.at("pull.planned")
         self._reporter.phase(Phase.PULLING)
 
@@ -291,4 +333,5 @@ class _Pull:
             bytes_total=image.manifest.total_size,
             bytes_fetched=image.fetch_size,
             image_ids=commitment.image_ids,
+            shared=self._tally.how,
         )

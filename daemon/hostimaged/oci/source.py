@@ -4,6 +4,8 @@ A source hands out bytes that are verified against the digests naming them; it s
 image is fetched depends on its transport and on the signature policy that applies to it:
 
 * ``oci:`` layouts are read directly where the policy asks for no signature;
+* ``containers-storage:`` is read directly too, and refused where the policy asks for more than anything: no
+  signature of an image in a store is checked;
 * everything else goes through skopeo's image proxy, which enforces the policy from protocol 0.2.6 on;
 * an older proxy serves only images that need no signature; others are copied by ``skopeo copy``, which
   enforces the policy, into a private directory and read from there.
@@ -14,9 +16,10 @@ A registry that is out of reach for a moment is asked again (``retry``); nothing
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, Self, runtime_checkable
 
 from hostimaged.errors import DigestMismatch, SignatureRejected
 from hostimaged.oci.policy import requirement
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from hostimaged.ids import SourceDigest
+    from hostimaged.ids import DiffId, SourceDigest
     from hostimaged.oci.models import Descriptor
+    from hostimaged.oci.policy import Requirements
+    from hostimaged.oci.storage.layer import OpenFile
     from hostimaged.progress import Reporter
     from hostimaged.system.paths import HostPaths
 
@@ -75,6 +80,25 @@ class ImageSource(Protocol):
     ) -> None: ...
 
 
+class UnpackedLayer(NamedTuple):
+    """The parts of a layer's tar, and how many bytes they are; -1 if that is not known."""
+
+    parts: Iterator[bytes | OpenFile]
+    size: int
+
+
+@runtime_checkable
+class UnpackedSource(ImageSource, Protocol):
+    """A source that has layers as files, not as blobs."""
+
+    @property
+    def root(self) -> Path:
+        """The directory that the files are in."""
+
+    def unpacked(self, diff_id: DiffId) -> AbstractContextManager[UnpackedLayer]:
+        """A layer's tar; whoever reads it verifies that it has the digest ``diff_id``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How much is borne from a registry; times in seconds.
@@ -104,11 +128,12 @@ def open_source(
     *,
     look: bool = False,
     signed: bool = False,
+    lock_timeout: float = 60.0,
 ) -> ImageSource:
     """Open ``reference``, by the way its transport and the signature policy allow.
 
     With ``look`` only manifest and configuration are wanted, so nothing is copied; an old proxy, which does
-    not enforce the policy, is asked all the same, and the layers of containers-storage cannot be read.
+    not enforce the policy, is asked all the same.
     With ``signed`` a policy that would do without a signature is not enough.
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. Call it from
@@ -134,6 +159,8 @@ def open_source(
         if not layout.needs_conversion:
             return layout
         layout.close()
+    if reference.transport is Transport.CONTAINERS_STORAGE:
+        return _open_storage(reference, paths, required, reporter, lock_timeout)
     from hostimaged.oci.skopeo import open_image
 
     opened = partial(
@@ -151,6 +178,31 @@ def open_source(
     from hostimaged.oci.retry import RetryingSource
 
     return RetryingSource(opened, reporter, patience)
+
+
+def _open_storage(
+    reference: ImageReference,
+    paths: HostPaths,
+    required: Requirements,
+    reporter: Reporter,
+    lock_timeout: float,
+) -> ImageSource:
+    if not required.accepts_anything:
+        raise SignatureRejected(
+            f"the signature policy {paths.containers.policy} asks for more than can be checked of "
+            f"{reference}: signatures of images in containers-storage are not"
+        )
+    from hostimaged.oci.storage.source import StorageSource
+
+    # A host below a directory has a store of its own, whatever the environment says.
+    environment = {} if paths.scratch_root is not None else os.environ
+    return StorageSource(
+        reference,
+        paths.containers.storage,
+        environment,
+        lock_timeout=lock_timeout,
+        check=lambda: reporter.at("source.waiting"),
+    )
 
 
 def verified(chunks: Iterator[bytes], descriptor: Descriptor, what: str) -> Iterator[bytes]:

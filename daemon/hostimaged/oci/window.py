@@ -74,6 +74,11 @@ class Window:
             count -= len(part)
             yield part
 
+    def settle(self) -> bool:
+        """Hand over everything taken; says whether nothing is left of the current buffer."""
+        self._flush()
+        return self._at == len(self._view)
+
     def inline_rest(self) -> int:
         """Keep everything up to the end inline; how many bytes that was."""
         count = 0

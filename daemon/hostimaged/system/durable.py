@@ -203,17 +203,29 @@ class NewFile:
 
     __slots__ = ("_directory", "_prefix", "_temporary", "fd")
 
-    def __init__(self, directory: int, *, mode: int = 0o644, prefix: str = ".tmp-") -> None:
+    def __init__(
+        self, directory: int, *, mode: int = 0o644, prefix: str = ".tmp-", existing: int = -1
+    ) -> None:
         self._directory = directory
         self._prefix = prefix
         self._temporary: str | None = None
-        self.fd = -1
+        self.fd = existing
+        if existing >= 0:
+            return
         try:
             self.fd = os.open(".", os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, mode, dir_fd=directory)
         except OSError as error:
             if error.errno not in _NO_TMPFILE:
                 raise
             self._temporary = _with_temporary_name(prefix, lambda name: self._create(name, mode))
+
+    @classmethod
+    def linked(cls, fd: int, directory: int, *, prefix: str = ".tmp-") -> Self:
+        """The file open as ``fd``, which has a name already, to be given another; ``fd`` stays the caller's.
+
+        ``directory`` is where a temporary name would stand.
+        """
+        return cls(directory, prefix=prefix, existing=os.dup(fd))
 
     def _create(self, name: str, mode: int) -> None:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
@@ -234,14 +246,19 @@ class NewFile:
             return
         if self._temporary is None:
             # There is no linkat that replaces.
-            self._temporary = _with_temporary_name(
-                self._prefix, lambda temporary: syscalls.link_fd(self.fd, self._directory, temporary)
-            )
+            self.name_temporarily()
+        assert self._temporary is not None
         if replace:
             os.rename(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=directory)
         else:
             syscalls.rename_noreplace(self._temporary, name, source_fd=self._directory, target_fd=directory)
         self._temporary = None
+
+    def name_temporarily(self) -> None:
+        """Give a file without a temporary name one, until it is published or closed."""
+        self._temporary = _with_temporary_name(
+            self._prefix, lambda temporary: syscalls.link_fd(self.fd, self._directory, temporary)
+        )
 
     def detach(self) -> int:
         """Hand over ``fd``, of a file without any name, as the caller's to close."""

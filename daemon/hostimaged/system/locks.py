@@ -1,7 +1,7 @@
 """Advisory locks with a bounded wait, and who holds them.
 
-Locks are ``flock`` locks: they belong to an open file, end when its last descriptor is closed, and are shared
-by children that inherit it. Nothing here decides in which order locks are taken.
+Locks are ``flock`` locks, save for ``lock_record``: they belong to an open file, end when its last descriptor
+is closed, and are shared by children that inherit it. Nothing here decides in which order locks are taken.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: no CPU. The kernel has no flock with a time-out, and a thread blocked in one could not be cancelled.
 _FIRST_PAUSE: Final = 0.002
 _LONGEST_PAUSE: Final = 0.1
+#: What /proc/locks calls the kinds of locks. Of OFDLCK, record locks too, it does not tell who holds them.
+_FLOCK: Final = "FLOCK"
+_RECORD: Final = "POSIX"
 #: Holders named in an error.
 _NAMED: Final = 3
 
@@ -41,15 +44,34 @@ def lock(
     A lock of the other kind held through ``fd`` is dropped first. Raises ``LockTimeout``, naming pid and
     command of the holders, or ``StorageError``.
     """
+    _wait_for(lambda: syscalls.try_flock(fd, exclusive=exclusive), fd, timeout, what, check, _FLOCK)
+
+
+def lock_record(fd: int, *, timeout: float, what: str, check: Callable[[], None] | None = None) -> None:
+    """Take a shared record lock (fcntl(2)) on the whole file of ``fd``, as ``lock`` takes a flock.
+
+    It ends when the file is closed. The two kinds know nothing of each other.
+    """
+    _wait_for(lambda: syscalls.try_record_lock(fd), fd, timeout, what, check, _RECORD)
+
+
+def _wait_for(
+    locked: Callable[[], bool],
+    fd: int,
+    timeout: float,
+    what: str,
+    check: Callable[[], None] | None,
+    kind: str,
+) -> None:
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     try:
-        while not syscalls.try_flock(fd, exclusive=exclusive):
+        while not locked():
             if check is not None:
                 check()
             left = deadline - time.monotonic()
             if left <= 0:
-                raise LockTimeout(what=what, holder=describe_holders(fd))
+                raise LockTimeout(what=what, holder=describe_holders(fd, kind))
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, _LONGEST_PAUSE)
     except OSError as error:
@@ -61,10 +83,10 @@ def unlock(fd: int) -> None:
     syscalls.unlock(fd)
 
 
-def describe_holders(fd: int) -> str:
-    """Who holds a flock on the file that ``fd`` has open, for people: ``pid 12 (cfsctl), pid 15``."""
+def describe_holders(fd: int, kind: str = _FLOCK) -> str:
+    """Who holds a lock on the file that ``fd`` has open, for people: ``pid 12 (cfsctl), pid 15``."""
     try:
-        pids = _holders(fd, Path("/proc/locks").read_text())
+        pids = _holders(fd, Path("/proc/locks").read_text(), kind)
     except OSError:
         pids = []
     if not pids:
@@ -86,15 +108,15 @@ def _describe(pid: int) -> str:
     return f"pid {pid} ({printable(command)})"
 
 
-def _holders(fd: int, table: str) -> list[int]:
-    """The pids in ``table``, the text of /proc/locks, that hold a flock on the file of ``fd``."""
+def _holders(fd: int, table: str, kind: str = _FLOCK) -> list[int]:
+    """The pids in ``table``, the text of /proc/locks, that hold a lock on the file of ``fd``."""
     status = os.fstat(fd)
     devices = {(os.major(status.st_dev), os.minor(status.st_dev)), _mount_device(fd)}
     pids: list[int] = []
     for line in table.splitlines():
         fields = line.split()
         # "1: FLOCK ADVISORY WRITE 1234 08:01:131085 0 EOF"; one who waits has "->" as second field.
-        if len(fields) < 6 or fields[1] != "FLOCK":
+        if len(fields) < 6 or fields[1] != kind:
             continue
         try:
             major, minor, inode = fields[5].split(":")

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 #: Where a boot loader finds what is in /boot, if that is a directory of the root file system.
 BOOT_IN_ROOT: Final = "/boot"
+_STORAGE: Final = "var/lib/containers/storage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class ContainersConfig:
     certs_dir: Path
     auth_files: tuple[Path, ...]
     explicit: bool
+    #: root's containers-storage.
+    storage: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class HostPaths:
             certs_dir=root / "etc/containers/certs.d",
             auth_files=_auth_files(root),
             explicit=True,
+            storage=root / _STORAGE,
         )
         return cls._below(root, containers=containers, scratch_root=root, esp=root / "efi")
 
@@ -249,4 +253,5 @@ def _live_containers() -> ContainersConfig:
         certs_dir=Path("/etc/containers/certs.d"),
         auth_files=_auth_files(Path("/")),
         explicit=False,
+        storage=Path("/") / _STORAGE,
     )

@@ -56,15 +56,16 @@ class VerityMissing(OSError):
     """The file system supports fs-verity, the file does not have it."""
 
 
-def _ioc(direction: int, number: int, size: int) -> int:
-    """An ioctl number of group ``f``. Some architectures encode the direction differently."""
+def _ioc(direction: int, number: int, size: int, group: int = ord("f")) -> int:
+    """An ioctl number. Some architectures encode the direction differently."""
     if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")):
-        return {1: 4, 3: 6}[direction] << 29 | size << 16 | ord("f") << 8 | number
-    return direction << 30 | size << 16 | ord("f") << 8 | number
+        return {1: 4, 3: 6}[direction] << 29 | size << 16 | group << 8 | number
+    return direction << 30 | size << 16 | group << 8 | number
 
 
 _FS_IOC_ENABLE_VERITY: Final = _ioc(1, 133, 128)
 _FS_IOC_MEASURE_VERITY: Final = _ioc(3, 134, 4)
+_FICLONE: Final = _ioc(1, 9, 4, group=0x94)
 #: version, hash algorithm, block size, salt size, salt, signature size, reserved, signature, reserved.
 _ENABLE_ARG: Final = struct.Struct("=IIIIQIIQ88s")
 _MEASURE_HEADER: Final = struct.Struct("=HH")
@@ -150,6 +151,14 @@ def link_fd(fd: int, directory: int, name: str) -> None:
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
 
 
+def clone_file(source: int, target: int) -> None:
+    """Let the empty file open for writing as ``target`` share all blocks of the file ``source`` (FICLONE).
+
+    Raises ``OSError``: EOPNOTSUPP or EXDEV where the file system cannot, or the two lie on different ones.
+    """
+    fcntl.ioctl(target, _FICLONE, source)
+
+
 def _renameat2(source: StrPath, target: StrPath, source_fd: int, target_fd: int, flags: int) -> None:
     _checked(
         _libc.renameat2(source_fd, os.fsencode(source), target_fd, os.fsencode(target), ctypes.c_uint(flags)),
@@ -202,6 +211,24 @@ def try_flock(fd: int, *, exclusive: bool) -> bool:
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
+        return False
+    return True
+
+
+#: l_type, l_whence, l_start, l_len, l_pid of ``struct flock``, with 64-bit offsets.
+_RECORD_LOCK: Final = struct.Struct("@hhqqi4x")
+
+
+def try_record_lock(fd: int) -> bool:
+    """Take a shared record lock on all of the file open as ``fd`` if that is possible at once; says whether.
+
+    An open file description lock (fcntl(2)): it excludes exclusive record locks of any kind, and ends when
+    the file is closed.
+    """
+    wanted = _RECORD_LOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+    except (BlockingIOError, PermissionError):
         return False
     return True
 

@@ -113,16 +113,17 @@ def test_holders_from_a_recorded_table(tmp_path: Path, directory: int) -> None:
         ]
     )
     assert locks._holders(directory, table) == [11, -1]
+    assert locks._holders(directory, table, "POSIX") == [13]
 
 
 def test_description_is_bounded(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "_holders", lambda fd, table: [os.getpid(), 0, 2**22 + 1, 4, 5])
+    monkeypatch.setattr(locks, "_holders", lambda fd, table, kind: [os.getpid(), 0, 2**22 + 1, 4, 5])
     text = locks.describe_holders(directory)
     comm = Path("/proc/self/comm").read_text().strip()
     assert text == (
         f"pid {os.getpid()} ({comm}), a process of another pid namespace, pid {2**22 + 1}, 2 more"
     )
-    monkeypatch.setattr(locks, "_holders", lambda fd, table: [])
+    monkeypatch.setattr(locks, "_holders", lambda fd, table, kind: [])
     assert locks.describe_holders(directory) == "another process"
 
 

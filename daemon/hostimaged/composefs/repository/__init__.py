@@ -10,14 +10,18 @@ from hostimaged.composefs.repository.metadata import (
     RepositoryMissing,
     Verity,
 )
-from hostimaged.composefs.repository.objects import ObjectMissing, ObjectWriter, Stored
+from hostimaged.composefs.repository.objects import ObjectMissing, ObjectWriter
 from hostimaged.composefs.repository.repository import DEFAULT_LOCK_TIMEOUT, Repository, StreamMissing
+from hostimaged.composefs.repository.sharing import ChangedWhileRead, Shareable, SharingImpossible
 from hostimaged.composefs.repository.store_pool import PoolWriter, Slot, StorePool
+from hostimaged.composefs.repository.stored import How, Sharing, Stored
 from hostimaged.composefs.repository.verity import VerityUnavailable
 
 __all__ = [
     "DEFAULT_LOCK_TIMEOUT",
+    "ChangedWhileRead",
     "FormatSet",
+    "How",
     "IncompatibleRepository",
     "MetadataError",
     "ObjectMissing",
@@ -26,6 +30,9 @@ __all__ = [
     "PoolWriter",
     "Repository",
     "RepositoryMissing",
+    "Shareable",
+    "Sharing",
+    "SharingImpossible",
     "Slot",
     "StorePool",
     "Stored",

@@ -7,12 +7,14 @@ them calls ``syncfs`` first (``Repository.sync``).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.composefs import fsverity
+from hostimaged.composefs.repository.stored import How, Stored
 from hostimaged.errors import CorruptRepository, LimitsExceeded, VerityMismatch, from_os_error
 from hostimaged.system.durable import NewFile, write_all
 
@@ -40,14 +42,6 @@ _DOING: Final = "cannot write an object of the repository"
 
 class ObjectMissing(CorruptRepository):
     """object {id} is missing from the repository"""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An object that is in the repository now; ``is_new`` says whether it had to be written."""
-
-    id: ObjectId
-    is_new: bool
 
 
 class ObjectStore:
@@ -79,7 +73,7 @@ class ObjectStore:
         try:
             present = self._present(id_, size)
             if present:
-                return Stored(id_, is_new=False)
+                return Stored(id_, How.PRESENT)
             new = self.new_file()
             try:
                 write_all(new.fd, buffer)
@@ -97,35 +91,60 @@ class ObjectStore:
         except OSError as error:
             raise from_os_error(error, _DOING) from error
 
-    def commit(self, new: NewFile, id_: ObjectId, size: int) -> Stored:
-        """Make the complete file ``new``, whose digest the caller has computed, the object ``id_``."""
+    def commit(self, new: NewFile, id_: ObjectId, size: int, how: How = How.COPIED) -> Stored:
+        """Make the complete file ``new``, whose digest the caller has computed, the object ``id_``.
+
+        ``how`` says how its content came into it.
+        """
         try:
             present = self._present(id_, size)
             if present:
-                return Stored(id_, is_new=False)
+                return Stored(id_, How.PRESENT)
             new = self._policy.protect(new, id_, self.new_file)
             try:
-                return self._publish(new, id_, size, replace=present is False)
+                return self._publish(new, id_, size, replace=present is False, how=how)
             finally:
                 new.close()
         except OSError as error:
             raise from_os_error(error, _DOING) from error
 
+    def link(self, fd: int, id_: ObjectId, size: int) -> Stored:
+        """Make the file open read-only as ``fd``, whose digest the caller has computed, the object ``id_``.
+
+        It has another name elsewhere, and gets fs-verity as any object does. Raises ``OSError`` where it
+        cannot be linked, or somebody else could still write to it; ``VerityMismatch`` where it was changed
+        since its digest was computed.
+        """
+        present = self._present(id_, size)
+        if present:
+            return Stored(id_, How.PRESENT)
+        if not self._policy.protect_in_place(fd, id_) and not _is_ours_alone(fd):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        with NewFile.linked(fd, self._base_directory(create=True), prefix=_PREFIX) as named:
+            return self._publish(named, id_, size, replace=present is False, how=How.LINKED)
+
+    def try_link(self, fd: int) -> None:
+        """Give the file open as ``fd`` a temporary name here and take it away; raises ``OSError``."""
+        with NewFile.linked(fd, self._base_directory(create=True), prefix=_PREFIX) as named:
+            named.name_temporarily()
+
     def new_file(self) -> NewFile:
         """An unnamed file on the repository's file system; raises ``OSError``."""
         return NewFile(self._base_directory(create=True), mode=_FILE_MODE, prefix=_PREFIX)
 
-    def _publish(self, new: NewFile, id_: ObjectId, size: int, *, replace: bool) -> Stored:
+    def _publish(
+        self, new: NewFile, id_: ObjectId, size: int, *, replace: bool, how: How = How.COPIED
+    ) -> Stored:
         directory = self._directory(id_[0], create=True)
         try:
             new.publish(directory, id_.hex()[2:], replace=replace)
         except FileExistsError:
             # Another writer was faster; its file must pass as any that is found.
             if self._present(id_, size):
-                return Stored(id_, is_new=False)
+                return Stored(id_, How.PRESENT)
             new.publish(directory, id_.hex()[2:], replace=True)
         self.distrusted.discard(id_)
-        return Stored(id_, is_new=True)
+        return Stored(id_, how)
 
     def _present(self, id_: ObjectId, size: int) -> bool | None:
         """Whether the object is there (None: not), and of the right size (False: not).
@@ -329,3 +348,9 @@ class ObjectWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_ours_alone(fd: int) -> bool:
+    """Whether nobody else may open the file for writing."""
+    status = os.fstat(fd)
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -14,6 +14,7 @@ from hostimaged.composefs.repository.metadata import DEFAULT_FORMATS, Metadata, 
 from hostimaged.composefs.repository.names import NameTable, check_name, check_reference
 from hostimaged.composefs.repository.objects import DIRECTORY as OBJECTS
 from hostimaged.composefs.repository.objects import ObjectMissing, ObjectStore
+from hostimaged.composefs.repository.sharing import FileSharer, probe
 from hostimaged.composefs.repository.upgrade import add_metadata
 from hostimaged.composefs.splitstream import SplitStream, Writer
 from hostimaged.errors import (
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
     from hostimaged.composefs.fsverity import Buffer
     from hostimaged.composefs.repository.metadata import FormatSet
-    from hostimaged.composefs.repository.objects import ObjectWriter, Stored
+    from hostimaged.composefs.repository.objects import ObjectWriter
+    from hostimaged.composefs.repository.sharing import Shareable
+    from hostimaged.composefs.repository.stored import Sharing, Stored
     from hostimaged.composefs.repository.verity import VerityPolicy
     from hostimaged.ids import ObjectId
 
@@ -91,7 +94,7 @@ class Repository:
     leaves nothing half-made; objects stored on the way stay, for the collector. A context manager.
     """
 
-    __slots__ = ("_fd", "_names", "_objects", "_policy", "metadata", "path")
+    __slots__ = ("_fd", "_names", "_objects", "_policy", "_sharer", "metadata", "path")
 
     #: Where it is, as the caller said.
     path: Path
@@ -104,6 +107,7 @@ class Repository:
         self.metadata = metadata
         self._policy = policy
         self._objects = ObjectStore(fd, metadata.algorithm, policy)
+        self._sharer = FileSharer(self._objects, metadata.algorithm)
         self._names = NameTable(fd)
 
     # --- making and opening --------------------------------------------------------------------------------
@@ -333,6 +337,25 @@ class Repository:
         """Store content that comes in pieces, without holding it: ``write`` the pieces, then ``commit``."""
         self._require_flags()
         return self._objects.writer()
+
+    def store_file(
+        self, fd: int, size: int, sharing: Sharing, seen: Callable[[Buffer], object] | None = None
+    ) -> Stored:
+        """Store a file of another store, open read-only, of ``size`` bytes; ``seen`` gets all of them once.
+
+        With a hard link it is that very file that becomes the object. Raises ``SharingImpossible`` where it
+        would have to be copied and must not be, ``ChangedWhileRead``. See ``store_object``.
+        """
+        self._require_flags()
+        return self._sharer.store(fd, size, sharing, seen)
+
+    def can_share(self, store: Path) -> Shareable:
+        """In which ways ``store_file`` need not copy files of the directory ``store``; it need not exist yet.
+
+        Tried with a small file, of which nothing is left. Raises ``ReadOnly``.
+        """
+        self.check_writable()
+        return probe(store, self._objects)
 
     def open_object(self, id_: ObjectId, /) -> int:
         """A descriptor of an object, the caller's to close; ``ObjectMissing`` if there is none."""

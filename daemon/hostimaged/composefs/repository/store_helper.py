@@ -15,7 +15,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from hostimaged.composefs.fsverity import Algorithm
-from hostimaged.composefs.repository.objects import ObjectStore, Stored
+from hostimaged.composefs.repository.objects import ObjectStore
+from hostimaged.composefs.repository.stored import How, Stored
 from hostimaged.composefs.repository.verity import VerityPolicy, VerityUnavailable
 from hostimaged.errors import (
     CorruptRepository,
@@ -42,10 +43,12 @@ _SIZE: Final = struct.Struct("<I")
 MAX_REQUEST: Final = 32 << 10
 #: Contents in one request. Their answer, a byte and a digest each, stays far below a socket's buffer.
 MAX_CONTENTS: Final = 256
-#: First byte of an answer: for each object a byte, whether it is new, and its digest; or class and message of
+#: First byte of an answer: for each object a byte, how it was stored, and its digest; or class and message of
 #: an error.
 _DONE: Final = b"\0"
 _FAILED: Final = b"\1"
+#: What the byte before a digest stands for.
+_HOW: Final = (How.PRESENT, How.COPIED, How.REFLINKED, How.LINKED)
 #: Bytes of the longest answer.
 MAX_ANSWER: Final = 1 + MAX_CONTENTS * 65
 
@@ -76,8 +79,7 @@ def decode_answer(answer: bytes, algorithm: Algorithm) -> list[Stored]:
         raise _ERRORS.get(name, StorageError)(message)
     step = 1 + algorithm.digest_size
     return [
-        Stored(ObjectId(answer[at + 1 : at + step]), is_new=bool(answer[at]))
-        for at in range(1, len(answer), step)
+        Stored(ObjectId(answer[at + 1 : at + step]), _HOW[answer[at]]) for at in range(1, len(answer), step)
     ]
 
 
@@ -133,7 +135,7 @@ class _Helper:
 
 
 def _encoded(stored: Stored) -> bytes:
-    return (b"\1" if stored.is_new else b"\0") + stored.id
+    return bytes([_HOW.index(stored.how)]) + stored.id
 
 
 def main(argv: Sequence[str]) -> NoReturn:

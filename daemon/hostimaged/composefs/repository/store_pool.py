@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hostimaged.composefs.fsverity import Algorithm, Buffer
-    from hostimaged.composefs.repository.objects import Stored
     from hostimaged.composefs.repository.repository import Repository
+    from hostimaged.composefs.repository.stored import Stored
 
 #: Bytes of a slot, the largest content that is sent whole.
 SLOT: Final = 1 << 20

@@ -114,6 +114,26 @@ class VerityPolicy:
             raise
         return new
 
+    def protect_in_place(self, fd: int, id_: ObjectId) -> bool:
+        """Enable fs-verity on a file of somebody else, open read-only, that is to be an object as it is.
+
+        Says whether it has it: where the repository can do without, its owner may go on writing. Raises
+        ``OSError`` with ETXTBSY where it stays open for writing.
+        """
+        if self.unsupported and not self.secure:
+            return False
+        try:
+            if not self._enable_with_retry(fd):
+                raise OSError(errno.ETXTBSY, os.strerror(errno.ETXTBSY))
+            self._compare(fd, id_)
+        except (syscalls.VerityUnsupported, syscalls.VerityMissing) as error:
+            if self.secure:
+                raise VerityUnavailable from error
+            if isinstance(error, syscalls.VerityUnsupported):
+                self.unsupported = True
+            return False
+        return True
+
     def _enable_with_retry(self, fd: int) -> bool:
         """Enable fs-verity; False if the file stays open for writing elsewhere."""
         for attempt in range(_BUSY_TRIES):
