@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hostimage_testing import tars
-from hostimage_testing.container import BUSES, USER, Container, booted, prepare
+from hostimage_testing.container import BUSES, Container, booted, prepare
+from hostimage_testing.debian_root import USER
 from hostimage_testing.layout import Layout
 from hostimage_testing.person import Person, logged_in
 

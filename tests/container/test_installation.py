@@ -7,7 +7,8 @@ import stat
 from pathlib import Path, PurePosixPath
 
 from hostimage_dbus.names import BUS_NAME
-from hostimage_testing.container import USER, Container
+from hostimage_testing.container import Container
+from hostimage_testing.debian_root import USER
 from hostimage_testing.wheel import SCRIPTS, SHARED_DATA
 
 PROGRAMS = {"bin/hostimaged", "bin/hostimagectl"}

@@ -11,7 +11,8 @@ import pytest
 
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 from hostimage_dbus.names import BUS_NAME, ROOT_PATH
-from hostimage_testing.container import ADMINISTRATOR, PASSWORD, PROGRAMS, USER, Container
+from hostimage_testing.container import PROGRAMS, Container
+from hostimage_testing.debian_root import ADMINISTRATOR, PASSWORD, USER
 from hostimage_testing.person import Person, logged_in
 
 OK = 0

@@ -11,7 +11,8 @@ import pytest
 
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 from hostimage_dbus.names import BUS_NAME, ROOT_PATH
-from hostimage_testing.container import USER, Container
+from hostimage_testing.container import Container
+from hostimage_testing.debian_root import USER
 from hostimage_testing.judge import Judge
 from hostimage_testing.person import Person
 

@@ -16,7 +16,7 @@ installkernel() {
 }
 
 install() {
-    inst_multiple mount umount fsverity mkdir chmod rmdir readlink ln cat
+    inst_multiple mount umount modprobe fsverity mkdir chmod rmdir readlink ln cat
     inst_script /usr/lib/hostimaged/setup-root
     # It takes effect here: changing it in the image needs a new initramfs.
     inst_multiple -o /usr/lib/composefs/setup-root-conf.toml

@@ -22,19 +22,17 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.debian_root import ENVIRONMENT, add_people, bootstrap, install_wheel, unpack
 from hostimage_testing.processes import Process, descendants
 from hostimage_testing.tools import Finished, absent, require
-from hostimage_testing.wheel import build_wheel
 
 PACKAGES = (
-    "systemd,systemd-sysv,libpam-systemd,dbus,dbus-broker,polkitd,pkexec,login,passwd,util-linux,"
-    "python3,python3-pip,python3-zstandard,python3-pydantic,python3-structlog,python3-dbus-next,skopeo"
+    *("systemd", "systemd-sysv", "libpam-systemd", "dbus", "dbus-broker", "polkitd", "pkexec", "login"),
+    *("passwd", "util-linux", "python3", "python3-pip", "python3-zstandard", "python3-pydantic"),
+    *("python3-structlog", "python3-dbus-next", "skopeo"),
 )
 #: Implementations of the bus.
 BUSES = ("dbus-daemon", "dbus-broker")
-#: Who knows a password that polkit accepts, and who knows none.
-ADMINISTRATOR, USER = "alice", "bob"
-PASSWORD = "correct horse"
 #: Where the programs of the tests are inside.
 PROGRAMS = "/opt/hostimage-testing"
 BOOT_LIMIT = 120.0
@@ -52,7 +50,6 @@ _DROP_INS = {
     "user.conf.d/test.conf": f"[Manager]\nDefaultTimeoutStopSec={UNIT_LIMIT}s\n",
     "system/user@.service.d/test.conf": f"[Service]\nTimeoutStopSec={UNIT_LIMIT}s\n",
 }
-_ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8")
 _JOIN_AND_EXEC = 'for group in $1; do echo $$ >"$group/cgroup.procs"; done; shift; exec "$@"'
 
 
@@ -60,12 +57,11 @@ def prepare(directory: Path, cache: Path) -> Path:
     """Make a root with the project installed, below ``directory``; its base is kept in ``cache``."""
     base = cache / "container.tar"
     if not base.exists():
-        _bootstrap(base)
+        bootstrap(base, PACKAGES)
     root = directory / "root"
-    root.mkdir()
-    subprocess.run(["tar", "-C", root, "--numeric-owner", "-xpf", base], check=True)
-    _install(root, build_wheel(directory))
-    _add_people(root)
+    unpack(base, root)
+    install_wheel(root, directory)
+    add_people(root)
     programs = root / PROGRAMS.lstrip("/")
     programs.mkdir()
     for name in ("person_inside.py", "session_client.py"):
@@ -75,58 +71,6 @@ def prepare(directory: Path, cache: Path) -> Path:
         drop_in.parent.mkdir()
         drop_in.write_text(text)
     return root
-
-
-def _bootstrap(base: Path) -> None:
-    program = require("mmdebstrap")
-    base.parent.mkdir(parents=True, exist_ok=True)
-    partial = base.with_suffix(".partial.tar")
-    slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")]
-    argv = [program, "--variant=minbase", "--mode=root", f"--include={PACKAGES}", *slim, "--quiet", "trixie"]
-    # Without our terminal: a package that asks something there would wait for ever in the background.
-    done = subprocess.run(
-        ["setpriv", "--pdeathsig", "TERM", *argv, partial],
-        check=False,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    if done.returncode != 0:
-        absent(f"mmdebstrap failed: {done.stderr[-500:]}")
-    partial.rename(base)
-
-
-def _in_root(root: Path, *argv: str, feed: str = "") -> None:
-    done = subprocess.run(
-        ["chroot", root, *_ENVIRONMENT, *argv], check=False, capture_output=True, text=True, input=feed
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{argv[0]} failed in the root: {done.stdout}\n{done.stderr}")
-
-
-def _install(root: Path, wheel: Path) -> None:
-    """As a package would: below /usr, where bus, polkit and systemd look, without fetching anything."""
-    copy = Path(shutil.copy(wheel, root))
-    pip = [
-        "pip",
-        "install",
-        "--quiet",
-        "--break-system-packages",
-        "--prefix",
-        "/usr",
-        "--no-deps",
-        "--no-index",
-    ]
-    pip += ["--root-user-action=ignore", "--disable-pip-version-check"]
-    _in_root(root, "env", "DEB_PYTHON_INSTALL_LAYOUT=deb", *pip, f"/{wheel.name}")
-    copy.unlink()
-
-
-def _add_people(root: Path) -> None:
-    _in_root(root, "useradd", "--create-home", "--groups", "sudo", ADMINISTRATOR)
-    _in_root(root, "useradd", "--create-home", USER)
-    _in_root(root, "chpasswd", feed=f"{ADMINISTRATOR}:{PASSWORD}\n")
 
 
 @dataclass
@@ -150,7 +94,7 @@ class Container:
             "--root",
             "--wd",
         ]
-        return [*enter, *_ENVIRONMENT, *argv]
+        return [*enter, *ENVIRONMENT, *argv]
 
     def run(self, *argv: str, check: bool = True, limit: float = 60) -> Finished:
         """Run a program inside as root to its end."""
