@@ -40,6 +40,14 @@ _DIGEST: Final = Option(
     {"metavar": "DIGEST"},
 )
 _RETRY: Final = Option("--retry-failed", "retry-failed", "try an image again whose start failed before")
+_SHARING: Final = Option(
+    "--sharing",
+    "sharing",
+    "how files of containers-storage are stored: auto (default) copies only what can neither be cloned nor "
+    "linked, copy copies all, require fails where something had to be copied",
+    None,
+    {"metavar": "HOW", "choices": ("copy", "auto", "require")},
+)
 _UNIFIED: Final = Option("--unified", "unified", "store it in the storage shared with containers as well")
 _DOWNLOAD_ONLY: Final = Option(
     "--download-only", "download-only", "stage it locked: it is not started until it is unlocked"
@@ -65,7 +73,7 @@ JOB_OPTIONS: Final = (
 )
 #: What every job of an update policy takes.
 UPDATE_OPTIONS: Final = (_BACKGROUND, _METERED, _BATTERY)
-_FETCH: Final = (*UPDATE_OPTIONS, _DIGEST, _RETRY, _UNIFIED)
+_FETCH: Final = (*UPDATE_OPTIONS, _DIGEST, _RETRY, _SHARING, _UNIFIED)
 
 _TRACKED: Final = Argument(
     ("image",), {"metavar": "IMAGE", "nargs": "?", "default": "", "help": "default: the tracked image"}

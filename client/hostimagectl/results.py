@@ -51,6 +51,8 @@ _ETC: Final = ("etc-added", "etc-modified", "etc-removed")
 _LABELS: Final = {"manifest-digest": "Manifest", "config-digest": "Config", "image-ids": "Image ids"}
 #: Results of a pull that are in its first line, or of no use to a person.
 _PULL_SHOWN: Final = ("manifest-digest", "source-digest", "version", "tag")
+#: Ways in which files of containers-storage come into the repository.
+_HOW: Final = ("reflinked", "linked", "copied")
 #: Times in results are microseconds since the epoch, and have this key.
 _TIME: Final = "timestamp"
 _SIZE_ENDS: Final = ("size", "bytes", "reclaimed", "freed")
@@ -105,7 +107,12 @@ def _print_pull(job: Job, console: Console) -> None:
     texts = {key: text_of(job.result.get(key)) for key in _PULL_SHOWN}
     if texts["source-digest"] == texts["manifest-digest"]:
         del texts["source-digest"]
-    console.fields([(_label(key), text) for key, text in texts.items() if text], indent="  ")
+    rows = [(_label(key), text) for key, text in texts.items() if text]
+    if parts := [
+        f"{size(count)} {how}" for how in _HOW if (count := number_of(job.result.get(f"bytes-{how}")))
+    ]:
+        rows.append(("From storage", ", ".join(parts)))
+    console.fields(rows, indent="  ")
 
 
 def _pulled(job: Job) -> str:

@@ -105,7 +105,7 @@ class Case:
 JOB = {"client-id": "me", "queue": True, "no-join": False}
 CHECK = JOB | {"background": True, "allow-metered": True, "allow-on-battery": True}
 #: Options that change nothing about who may, those that need switch-image, those that need a reboot.
-PULL = CHECK | {"expect-digest": DIGEST["a"]}
+PULL = CHECK | {"expect-digest": DIGEST["a"], "sharing": "require"}
 SWITCHING = {"allow-downgrade": True}
 APPLY = {"apply": "reboot"}
 

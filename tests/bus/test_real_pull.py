@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from importlib import resources
@@ -14,6 +15,7 @@ import pytest
 
 from hostimage_dbus.errors import ErrorName
 from hostimage_dbus.names import JOB_INTERFACE, MANAGER_INTERFACE, ROOT_PATH
+from hostimage_testing import stores
 from hostimage_testing.bus import Client, Daemon
 from hostimage_testing.layout import Layout
 
@@ -83,6 +85,35 @@ async def test_pull_list_and_pull_again(daemon_with_policy: Daemon, client: Clie
     job = await client.job(again)
     assert job["Result"]["changed"] is False
     assert job["Progress"] == 1.0
+
+
+async def test_a_store_is_shared_as_asked(daemon_with_policy: Daemon, client: Client, tmp_path: Path) -> None:
+    """Each way in a repository of its own: what is there already is not imported again."""
+    store = stores.Store(tmp_path / "store")
+    tar = _tar({"usr/lib/os-release": b"ID=test\n", "usr/bin/tool": b"tool" * 30_000})
+    store.image("localhost/os:v1", layers=[store.layer(tar)])
+    image = f"containers-storage:[overlay@{store.root}]localhost/os:v1"
+    await daemon_with_policy.start()
+    found = {}
+    for sharing in ("copy", "auto"):
+        path = await client.pull(image, sharing=sharing)
+        assert (await client.removed(path))[3:] == ["done", "", ""]
+        result = (await client.job(path))["Result"]
+        found[sharing] = {
+            how: (result[f"objects-{how}"], result[f"bytes-{how}"])
+            for how in ("reflinked", "linked", "copied")
+        }
+        shutil.rmtree(daemon_with_policy.root / "sysroot/composefs")
+    nothing, file = (0, 0), (1, 120_000)
+    assert found["copy"] == {"reflinked": nothing, "linked": nothing, "copied": file}
+    assert sorted(found["auto"].values()) == [nothing, nothing, file]
+    required = await client.removed(await client.pull(image, sharing="require"))
+    # Where the temporary directory is decides.
+    if found["auto"]["copied"] == nothing:
+        assert required[3:5] == ["done", ""]
+    else:
+        assert required[3:5] == ["failed", ErrorName.NOT_SUPPORTED]
+        assert not list((daemon_with_policy.root / "sysroot/composefs/streams").glob("oci-*"))
 
 
 async def test_failure_of_the_real_worker_has_its_name(

@@ -21,7 +21,7 @@ from mutators import joined
 from proxy_peer import FD_1, KEEP_OPEN, LOG, PIPE, UNASKED
 from run import FOUND
 
-from hostimage_testing import tars
+from hostimage_testing import stores, tars
 from hostimaged.composefs.dumpfile import write
 from hostimaged.composefs.erofs import Format, build
 from hostimaged.composefs.fsverity import Algorithm
@@ -135,6 +135,25 @@ def zstd_seeds() -> Iterator[bytes]:
     yield several + struct.pack("<II", 0x184D2A50, 5) + b"skip!" + several
     yield zstandard.ZstdCompressor().compress(b"")
     yield zstandard.ZstdCompressor().compress(bytes(1_000_000))
+
+
+def tar_split_seeds() -> Iterator[bytes]:
+    sample = tars.directory(b"usr") + tars.file(b"usr/a", b"x" * 700) + tars.file(b"usr/b", b"y") + tars.END
+    entries = stores.tar_split(sample)
+    yield "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    for entry in entries[:2]:
+        yield json.dumps(entry).encode()
+    yield json.dumps(stores.content(b"\xff\xfe", b"raw")).encode()
+    yield b'{"type":1,"name":"usr/b"}\n{"type":1,"name":"c","size":0}\n'
+    yield b'{"type":2,"payload":null}\n\n{"type":2,"payload":""}'
+    yield b'{"type":1,"name":"\\ud800","size":1}'
+    yield b'{"type":1,"name":"a\\u0000","size":1}'
+    yield b'{"type":1,"name":"a","size":1e3}'
+    yield b'{"type":1,"name":"a","size":18446744073709551616}'
+    yield b'{"type":1,"name":"a","size":9,"payload":"AAAA"}'
+    yield b'{"type":2,"payload":"A*=="}'
+    yield b'{"type":3}'
+    yield b"[" * 3000
 
 
 def _stream(algorithm: Algorithm, kind: int, parts: list[bytes | int], refs: tuple[str, ...] = ()) -> bytes:
@@ -355,6 +374,7 @@ SEEDS: dict[str, Callable[[], Iterator[bytes]]] = (
         "layer": tar_seeds,
         "gzip": gzip_seeds,
         "zstd": zstd_seeds,
+        "tar_split": tar_split_seeds,
         "stream": stream_seeds,
         "erofs": erofs_seeds,
         "dump": dump_seeds,

@@ -53,7 +53,8 @@ from hostimaged.oci.layout import LayoutSource
 from hostimaged.oci.policy import requirement
 from hostimaged.oci.reference import ImageReference, Transport, parse_named
 from hostimaged.oci.registries import Registries, RegistriesError
-from hostimaged.oci.tar import HeaderReader, padding
+from hostimaged.oci.storage import tarsplit
+from hostimaged.oci.tar import MAX_SIZE, HeaderReader, padding
 from hostimaged.oci.window import Window
 from hostimaged.progress import Silent
 
@@ -262,6 +263,26 @@ def zstd(data: bytes) -> None:
     context = zstandard.ZstdDecompressor(max_window_size=1 << 27)
     with context.stream_reader(data, read_across_frames=True) as reader:
         assert reader.read(MAX_OUTPUT + 1) == found
+
+
+@target(UnsupportedImage, max_length=8 << 10)
+def tar_split(data: bytes) -> None:
+    """The lines of tar-split data, whole and in pieces: the same parts, none of them empty."""
+    packed = zlib.compress(data, 1, wbits=31)
+    whole = list(tarsplit.parse([packed]))
+    try:
+        in_pieces = list(tarsplit.parse(pieces(packed)))
+    except UnsupportedImage as error:
+        raise AssertionError("refused in pieces only") from error
+    assert whole == in_pieces
+    for part in whole:
+        if isinstance(part, bytes):
+            assert part
+            continue
+        assert part.name
+        assert b"\0" not in part.name
+        assert 0 < part.size <= MAX_SIZE
+        assert part.checksum is None or 0 <= part.checksum < 1 << 64
 
 
 # --- the repository ---

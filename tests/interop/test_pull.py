@@ -447,42 +447,6 @@ def test_copied_image_leaves_no_copy(tmp_path: Path, skopeo: str, cfsctl: str, l
     Judge(cfsctl, other.repository).check(images=1)
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[str]:
-    """A store that skopeo may fill: it mounts a directory of it onto itself, and leaves it so."""
-    yield f"containers-storage:[overlay@{tmp_path}/root+{tmp_path}/run]"
-    # Nothing but the list of mounts tells whether it did.
-    while run("umount", tmp_path / "root/overlay", check=False).code == 0:
-        pass
-
-
-@pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="containers-storage needs root or a user namespace")
-@pytest.mark.parametrize("form", ["oci", "v2s2"])
-def test_containers_storage(
-    tmp_path: Path, cfsctl: str, skopeo: str, layout: Layout, storage: str, form: str
-) -> None:
-    """An image as podman has it: its layers are unpacked, and its manifest names compressed ones."""
-    layout.image("v1", [layout.layer(BASE, "gzip"), layout.layer(more(b"a"), "gzip")])
-    stored = f"{storage}localhost/os:v1"
-    copy(skopeo, f"oci:{layout.path}:v1", stored, "--format", form)
-    host = scratch_host(tmp_path / "host")
-    judge = Judge(cfsctl, host.repository)
-    direct = pull(host, f"oci:{layout.path}:v1")
-    result = pull(host, stored)
-    assert result.layers_present == 2
-    assert result.image_ids == direct.image_ids
-    if form == "oci":
-        assert str(result.source_digest) == str(direct.source_digest)
-    assert not pull(host, stored).changed
-    # The store keeps the manifest as it came; docker's is converted.
-    judge.check(images=1 if form == "oci" else 2)
-    fresh = scratch_host(tmp_path / "fresh")
-    assert pull(fresh, stored).image_ids == direct.image_ids
-    assert list(fresh.temporary.iterdir()) == []
-    Judge(cfsctl, fresh.repository).check(images=1)
-
-
 def test_artifact(host: HostPaths, judge: Judge, layout: Layout) -> None:
     """An artifact is stored and tagged, and has no EROFS image; the empty configuration is that of many."""
     empty = layout.blob(b"{}", "application/vnd.oci.empty.v1+json")

@@ -119,7 +119,11 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         "allow_downgrade": options.get("allow-downgrade", False),
         "max_entries": settings.max_live_entries,
     }
-    fetching: dict[str, Any] = {"expect_digest": options.get("expect-digest"), "verity": settings.verity}
+    fetching: dict[str, Any] = {
+        "expect_digest": options.get("expect-digest"),
+        "verity": settings.verity,
+        "sharing": options.get("sharing", "auto"),
+    }
     match request.member:
         case Member.CHECK:
             return Check(reference=request.reference)

@@ -18,11 +18,15 @@ MAX_STRING: Final = 128
 #: Values of "apply".
 APPLY: Final = ("none", "reboot", "soft-reboot")
 
+#: Values of "sharing".
+SHARING: Final = ("copy", "auto", "require")
+_CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"apply": APPLY, "sharing": SHARING}
+
 _ALL: Final = {"client-id": "s"}
 _JOB: Final = _ALL | {"queue": "b", "no-join": "b"}
 _APPLY: Final = {"apply": "s"}
 _CHECK: Final = _JOB | {"background": "b", "allow-metered": "b", "allow-on-battery": "b"}
-_PULL: Final = _CHECK | {"expect-digest": "s", "retry-failed": "b", "unified": "b"}
+_PULL: Final = _CHECK | {"expect-digest": "s", "retry-failed": "b", "sharing": "s", "unified": "b"}
 _SWITCH: Final = _PULL | _APPLY | {"download-only": "b", "allow-downgrade": "b"}
 
 #: D-Bus type of each option, per member. An option that is not in its member's row is refused.
@@ -67,8 +71,9 @@ def parse_options(member: Member, given: Mapping[str, Variant]) -> dict[str, Any
         if isinstance(variant.value, str):
             check_string(f"option {key}", variant.value)
         values[key] = variant.value
-    if values.get("apply", "none") not in APPLY:
-        raise InvalidArgs(f"option apply is one of {', '.join(APPLY)}")
+    for key, choices in _CHOICES.items():
+        if key in values and values[key] not in choices:
+            raise InvalidArgs(f"option {key} is one of {', '.join(choices)}")
     if "expect-digest" in values:
         SourceDigest(values["expect-digest"])
     return values

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: An order is a few strings.
 MAX_ORDER: Final = 64 << 10
 
-
 #: In the result of a job that a soft reboot was to follow: whether what boots next is prepared, or what runs.
 SOFT_REBOOT: Final = "soft-reboot"
 PREPARED: Final = "prepared"
@@ -129,12 +128,13 @@ class _Fetch(_OfImage):
 
     expect_digest: str | None = Field(default=None, max_length=128)
     verity: Literal["require", "opportunistic"] = "require"
+    sharing: Literal["copy", "auto", "require"] = "auto"
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property
     def identity(self) -> Hashable:
         """See ``_Operation``."""
-        return (self.kind, self.reference, self.expect_digest)
+        return (self.kind, self.reference, self.expect_digest, self.sharing)
 
 
 class Pull(_Fetch):
@@ -153,7 +153,7 @@ class _Update(_Fetch):
     @property
     def identity(self) -> Hashable:
         """See ``_Operation``."""
-        return (self.kind, self.reference, self.expect_digest, self.download_only, self.allow_downgrade)
+        return (super().identity, self.download_only, self.allow_downgrade)
 
     def then(self, result: Mapping[str, Any]) -> Operation | None:
         """See ``_Operation``; raises ``UnsupportedImage`` for what is no operating system."""

@@ -21,7 +21,7 @@ def pull(
     paths: HostPaths, operation: operations.Pull | operations.Upgrade | operations.Switch, channel: Channel
 ) -> dict[str, Any]:
     """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
-    from hostimaged.composefs.repository import Verity
+    from hostimaged.composefs.repository import Sharing, Verity
     from hostimaged.host.followed import demands_signature
     from hostimaged.oci.pull import pull_image
     from hostimaged.oci.reference import ImageReference
@@ -36,6 +36,7 @@ def pull(
             lock_timeout=operation.lock_timeout,
             reporter=channel,
             signed=demands_signature(paths, reference),
+            sharing=Sharing(operation.sharing),
         )
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.

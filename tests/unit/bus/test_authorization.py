@@ -134,6 +134,7 @@ def test_arguments_options_and_facts_count(
         "expect-digest",
         "queue",
         "no-join",
+        "sharing",
         "unified",
     ],
 )

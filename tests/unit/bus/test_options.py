@@ -8,7 +8,7 @@ from hostimage_dbus.introspection import load_shipped
 from hostimage_dbus.names import DEPLOYMENT_INTERFACE, JOB_INTERFACE, MANAGER_INTERFACE
 from hostimage_dbus.transport import Variant
 from hostimaged.bus.authorization import Member
-from hostimaged.bus.options import APPLY, MAX_STRING, OPTIONS, parse_options
+from hostimaged.bus.options import APPLY, MAX_STRING, OPTIONS, SHARING, parse_options
 from hostimaged.errors import InvalidArgs
 
 
@@ -26,11 +26,12 @@ def test_every_member_with_options_has_a_row() -> None:
 #: The specification's table, written down a second time.
 EVERY = {
     "client-id", "queue", "no-join", "background", "allow-metered", "allow-on-battery", "expect-digest",
-    "retry-failed", "unified", "download-only", "from-downloaded", "apply", "allow-downgrade", "dry-run",
+    "retry-failed", "sharing", "unified", "download-only", "from-downloaded", "apply", "allow-downgrade",
+    "dry-run",
 }  # fmt: skip
 JOB = {"client-id", "queue", "no-join"}
 CHECK = JOB | {"background", "allow-metered", "allow-on-battery"}
-PULL = CHECK | {"expect-digest", "retry-failed", "unified"}
+PULL = CHECK | {"expect-digest", "retry-failed", "sharing", "unified"}
 SWITCH = PULL | {"download-only", "apply", "allow-downgrade"}
 ALLOWED = {
     "GetStatus": {"client-id"},
@@ -58,7 +59,12 @@ ALLOWED = {
     "Delete": JOB,
     "Diff": JOB,
 }
-TEXTS = {"client-id": "text", "apply": "reboot", "expect-digest": "sha256:" + "a" * 64}
+TEXTS = {
+    "client-id": "text",
+    "apply": "reboot",
+    "expect-digest": "sha256:" + "a" * 64,
+    "sharing": "require",
+}
 
 
 @pytest.mark.parametrize("member", OPTIONS)
@@ -83,6 +89,14 @@ def test_apply_has_three_values(value: str) -> None:
     assert parse_options(Member.STAGE, {"apply": Variant("s", value)}) == {"apply": value}
     with pytest.raises(InvalidArgs, match="apply is one of"):
         parse_options(Member.STAGE, {"apply": Variant("s", value + "s")})
+
+
+@pytest.mark.parametrize("value", SHARING)
+def test_sharing_has_three_values(value: str) -> None:
+    assert parse_options(Member.PULL, {"sharing": Variant("s", value)}) == {"sharing": value}
+    for other in ("", value + "s", value.upper()):
+        with pytest.raises(InvalidArgs, match="sharing is one of copy, auto, require"):
+            parse_options(Member.PULL, {"sharing": Variant("s", other)})
 
 
 def test_a_digest_is_a_digest() -> None:

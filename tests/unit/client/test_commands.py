@@ -90,6 +90,14 @@ async def test_pull_tells_a_source_digest_that_differs(bus: Any, daemon: Any, ma
     assert f"Source digest: {SOURCE}" in console.out
 
 
+async def test_pull_tells_what_became_of_files_of_a_store(bus: Any, daemon: Any, make_console: Any) -> None:
+    sizes = {"bytes-reflinked": 0, "bytes-linked": 5 << 20, "bytes-copied": 1 << 10}
+    bus.on_pull = done(bus, Result=RESULT | {key: Variant("t", value) for key, value in sizes.items()})
+    console = make_console()
+    await pull(daemon, console, "containers-storage:localhost/i")
+    assert console.out.splitlines()[-1] == "  From storage: 5.0 MiB linked, 1.0 KiB copied"
+
+
 async def test_pull_says_when_there_was_nothing_to_do(bus: Any, daemon: Any, make_console: Any) -> None:
     bus.on_pull = done(bus, Result=RESULT | {"changed": Variant("b", False)})
     console = make_console()

@@ -114,7 +114,7 @@ async def test_a_command_calls_its_member(
     assert "".join(parameter.signature for parameter in command.parameters) == signature
 
 
-OPTION_VALUES = {"expect-digest": "sha256:" + "0" * 64, "apply": "soft-reboot"}
+OPTION_VALUES = {"expect-digest": "sha256:" + "0" * 64, "apply": "soft-reboot", "sharing": "require"}
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,13 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hostimage_testing import stores, tars
 from hostimage_testing.host import ACCEPT_ANYTHING, scratch_host
@@ -29,13 +26,11 @@ from hostimaged.errors import (
     LockTimeout,
     SignatureRejected,
     StorageError,
-    UnsupportedImage,
 )
 from hostimaged.ids import DiffId
-from hostimaged.oci.storage.crc64 import crc64
 from hostimaged.oci.storage.layer import MAX_LOWER
 from hostimaged.oci.storage.store import Store
-from hostimaged.oci.storage.tarsplit import MAX_LINE, FileEntry, parse
+from hostimaged.oci.storage.tarsplit import MAX_LINE
 from hostimaged.system.paths import HostPaths
 
 LARGE = hashlib.sha256(b"large").digest() * 4000
@@ -210,6 +205,32 @@ def _unknown(store: stores.Store, layer: str) -> None:
     store.split(layer, [{"type": 3}])
 
 
+def _remove(store: stores.Store, layer: str) -> None:
+    shutil.rmtree(store.diff(layer))
+
+
+def _expand(store: stores.Store, layer: str) -> None:
+    """Some KiB that become one line without end."""
+    line = b'{"type":2,"payload":"' + b"A" * (4 * MAX_LINE)
+    store.split_path(layer).write_bytes(gzip.compress(line))
+
+
+def _expand_much(store: stores.Store, layer: str) -> None:
+    """Some KiB that become a tar of zeros, of 48 MiB."""
+    lines = (json.dumps(stores.segment(bytes(3 << 20))) + "\n") * 16
+    store.split_path(layer).write_bytes(gzip.compress(lines.encode(), 1))
+
+
+def _claim(store: stores.Store, layer: str) -> None:
+    entries = stores.tar_split(BASE)
+    store.split(layer, [e | {"size": 1 << 40} if e.get("name") == "usr/large" else e for e in entries])
+
+
+def _claim_more(store: stores.Store, layer: str) -> None:
+    entries = stores.tar_split(BASE)
+    store.split(layer, [e | {"size": 1 << 70} if e.get("name") == "usr/large" else e for e in entries])
+
+
 def _upwards(store: stores.Store, layer: str) -> None:
     entries = stores.tar_split(BASE)
     (store.root / "large").write_bytes(LARGE)
@@ -232,6 +253,11 @@ def _upwards(store: stores.Store, layer: str) -> None:
         (_none, StorageError, "tar-split"),
         (_junk, StorageError, "tar-split"),
         (_unknown, StorageError, "tar-split"),
+        (_remove, StorageError, "diff"),
+        (_expand, StorageError, "tar-split"),
+        (_expand_much, DigestMismatch, "sha256:"),
+        (_claim, StorageError, "usr/large"),
+        (_claim_more, StorageError, "tar-split"),
         (_upwards, StorageError, "large"),
     ],
 )
@@ -432,54 +458,3 @@ def test_what_others_may_write_to_is_not_linked(
     result = pull(host, reference(store))
     assert result.shared.keys() >= {How.COPIED}
     assert path.stat().st_nlink == 1
-
-
-# data
-
-
-def test_the_checksum_is_the_one_of_the_standard() -> None:
-    assert crc64(b"123456789") == 0xB90956C775A41001
-    assert stores.crc64_iso(b"123456789") == 0xB90956C775A41001
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=3000), st.integers(1, 40))
-def test_checksums_of_all_lengths(data: bytes, times: int) -> None:
-    assert crc64(data * times) == stores.crc64_iso(data * times)
-
-
-def test_a_line_without_end() -> None:
-    packed = gzip.compress(b'{"type":2,"payload":"' + b"A" * (MAX_LINE + 1))
-    with pytest.raises(UnsupportedImage, match="a line of over"):
-        list(parse([packed]))
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(min_size=1, max_size=80),
-            st.tuples(st.binary(min_size=1, max_size=20).filter(lambda name: b"\0" not in name), st.binary()),
-        )
-    ),
-    st.integers(1, 200),
-)
-def test_parts_come_as_they_were_put_in(parts: list[Any], piece: int) -> None:
-    entries = [stores.segment(part) if isinstance(part, bytes) else stores.content(*part) for part in parts]
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    packed = gzip.compress(lines.encode())
-    found = list(parse(packed[at : at + piece] for at in range(0, len(packed), piece)))
-    wanted = [
-        part if isinstance(part, bytes) else FileEntry(part[0], len(part[1]), stores.crc64_iso(part[1]))
-        for part in parts
-        if isinstance(part, bytes) or part[1]
-    ]
-    assert found == wanted
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.binary(max_size=400) | st.text(max_size=200).map(lambda text: gzip.compress(text.encode())))
-def test_anything_is_parts_or_a_typed_error(data: bytes) -> None:
-    with suppress(UnsupportedImage):
-        for part in parse([data]):
-            assert part
