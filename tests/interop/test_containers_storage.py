@@ -152,7 +152,7 @@ def stored_by_podman(filesystem: Path, published: Published) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("kind", "how"), [("ext4", How.LINKED), ("xfs", How.REFLINKED), ("btrfs", How.REFLINKED)]
 )
-def test_store_and_repository_take_the_space_of_one(
+def test_r18_store_and_repository_take_the_space_of_one(
     tmp_path: Path, cfsctl: str, published: Published, kind: str, how: How
 ) -> None:
     with loop_filesystem(tmp_path, kind, 768 * MIB) as filesystem:
@@ -201,7 +201,7 @@ def _check_same_by_cfsctl(cfsctl: str, path: Path, root: Path, published: Publis
             os.close(repository.open_image(image_id.hex()))
 
 
-def test_of_two_file_systems_nothing_is_shared(tmp_path: Path, cfsctl: str, published: Published) -> None:
+def test_r19_of_two_file_systems_nothing_is_shared(tmp_path: Path, cfsctl: str, published: Published) -> None:
     """Refused before anything is imported if it must be; else everything is copied."""
     with (
         loop_filesystem(tmp_path, "ext4", 512 * MIB) as filesystem,
