@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ async def test_properties_are_read_while_large_images_are_pulled(
         await client.status()
         with control(others):
             begin = time.monotonic()
+            ends = [begin]
             for image in range(3):
                 path = await client.pull(f"oci:{layout.path}:v{image}")
                 while not any(s.body[1] == path for s in client.named("JobRemoved")):
@@ -127,19 +129,23 @@ async def test_properties_are_read_while_large_images_are_pulled(
                     times.append((time.monotonic() - started) / 2)
                     await asyncio.sleep(PACE)
                 assert (await client.removed(path))[3] == "done"
-            end = time.monotonic()
+                ends.append(time.monotonic())
+            end = ends[-1]
     late, idle = heartbeat.delays(beats, begin, end), heartbeat.delays(others, begin, end)
+    # What the daemon does wrong it does at each pull; what the machine does to one process, once.
+    stalls = sorted(heartbeat.delays(beats, *pull)[-1] for pull in pairwise(ends))
     answered, noise = percentile(times), percentile(idle)
     with capsys.disabled():
         print(
-            f" [{len(times)} reads, 99 % in {answered * 1000:.1f} ms; longest stall {late[-1] * 1000:.1f} ms;"
+            f" [{len(times)} reads, 99 % in {answered * 1000:.1f} ms;"
+            f" longest stalls {[round(stall * 1000) for stall in stalls]} ms;"
             f" an idle loop: 99 % {noise * 1000:.1f} ms late, longest {idle[-1] * 1000:.1f} ms]",
             end="",
         )
     assert len(times) >= READS
     assert len(late) > 0.2 * (end - begin) / heartbeat.INTERVAL
     assert answered < ANSWERED + WAKEUPS * noise
-    assert late[-1] < STALL + idle[-1]
+    assert stalls[1] < STALL + idle[-1]
 
 
 def percentile(values: list[float]) -> float:
