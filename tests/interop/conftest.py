@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hostimage_testing.host import scratch_host
+from hostimage_testing.judge import Judge
+from hostimage_testing.layout import Layout
 from hostimage_testing.tools import run
+from hostimaged.system.paths import HostPaths
 
 
 @pytest.fixture
@@ -24,3 +28,18 @@ def signing_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tup
     public.write_text(run("gpg", "--armor", "--export", fingerprint).out)
     yield fingerprint, public
     subprocess.run(["gpgconf", "--kill", "gpg-agent"], check=False)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "layout")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> HostPaths:
+    return scratch_host(tmp_path / "host")
+
+
+@pytest.fixture
+def judge(cfsctl: str, host: HostPaths) -> Judge:
+    return Judge(cfsctl, host.repository)

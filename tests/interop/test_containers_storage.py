@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from hostimage_testing.layout import Layout
 from hostimage_testing.loops import loop_filesystem, used
 from hostimage_testing.pulling import check_nothing_named, check_whole, pull
 from hostimage_testing.registry import Registry
+from hostimage_testing.samples import BASE, copy, more
 from hostimage_testing.tools import require, run
 from hostimaged.composefs.repository import How, Repository, Sharing, SharingImpossible
 from hostimaged.ids import ObjectId
@@ -33,19 +33,6 @@ pytestmark = [
 MIB = 1 << 20
 #: Objects are in 256 directories, each of which takes a block: the image has to be large beside these.
 FILES, FILE_SIZE = 512, 256 << 10
-BASE = (
-    tars.directory(b"usr", mtime=7)
-    + tars.directory(b"usr/bin")
-    + tars.file(b"usr/bin/tool", b"#!/bin/sh\n" * 2000, mode=0o755)
-    + tars.file(b"usr/small", b"inline")
-    + tars.directory(b"run")
-    + tars.END
-)
-MORE = tars.file(b"usr/a", hashlib.sha256(b"a").digest() * 3000) + tars.END
-
-
-def copy(skopeo: str, source: str, target: str, *options: str) -> None:
-    run(skopeo, "copy", "-q", "--insecure-policy", "--dest-tls-verify=false", *options, source, target)
 
 
 # a store that skopeo filled
@@ -68,7 +55,7 @@ def unmount_all(path: Path) -> None:
 def test_stored_by_skopeo(tmp_path: Path, cfsctl: str, skopeo: str, storage: str, form: str) -> None:
     """An image as podman has it: its layers are unpacked, and its manifest names compressed ones."""
     layout = Layout(tmp_path / "layout")
-    layout.image("v1", [layout.layer(BASE, "gzip"), layout.layer(MORE, "gzip")])
+    layout.image("v1", [layout.layer(BASE, "gzip"), layout.layer(more(b"a"), "gzip")])
     stored = f"{storage}localhost/os:v1"
     copy(skopeo, f"oci:{layout.path}:v1", stored, "--format", form)
     host = scratch_host(tmp_path / "host")

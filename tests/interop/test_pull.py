@@ -1,4 +1,4 @@
-"""Pulling real images by real ways, judged by composefs-rs's own tool; and every kind of bad image."""
+"""Pulling real images by real ways, judged by composefs-rs's own tool."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hostimage_testing import tars
 from hostimage_testing.host import scratch_host
 from hostimage_testing.judge import PULL_TAG, Judge
-from hostimage_testing.layout import CONFIG_TYPE, INDEX_TYPE, LAYER_TYPE, Layer, Layout
+from hostimage_testing.layout import INDEX_TYPE, LAYER_TYPE, Layer, Layout
+from hostimage_testing.pulling import opened, pull, with_formats
 from hostimage_testing.registry import Registry
+from hostimage_testing.samples import BASE, copy, flip, more, three_layers
 from hostimage_testing.tools import run
 from hostimaged.composefs.erofs.format import Format
 from hostimaged.composefs.fsverity import Algorithm
@@ -28,7 +24,6 @@ from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import (
     Cancelled,
     DigestMismatch,
-    HostimageError,
     ImageNotFound,
     LockTimeout,
     NoSpace,
@@ -39,63 +34,13 @@ from hostimaged.errors import (
 )
 from hostimaged.ids import ManifestDigest, ObjectId
 from hostimaged.oci import images, pulls
-from hostimaged.oci.pull import FAULT_POINTS, PullResult, pull_image
-from hostimaged.oci.reference import ImageReference
+from hostimaged.oci.pull import FAULT_POINTS, PullResult
 from hostimaged.oci.scan import scan
 from hostimaged.progress import Phase, Silent
 from hostimaged.system.paths import HostPaths
 
 pytestmark = pytest.mark.interop
 BOTH = FormatSet(Format.V1, (Format.V2,))
-BASE = (
-    tars.directory(b"usr", mtime=7)
-    + tars.directory(b"usr/bin")
-    + tars.file(b"usr/bin/tool", b"#!/bin/sh\n" * 2000, mode=0o755)
-    + tars.file(b"usr/small", b"inline")
-    + tars.directory(b"run")
-    + tars.END
-)
-
-
-def more(name: bytes, size: int = 100_000) -> bytes:
-    return tars.file(b"usr/" + name, hashlib.sha256(name).digest() * (size // 32)) + tars.END
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> Layout:
-    return Layout(tmp_path / "layout")
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> HostPaths:
-    return scratch_host(tmp_path / "host")
-
-
-@pytest.fixture
-def judge(cfsctl: str, host: HostPaths) -> Judge:
-    return Judge(cfsctl, host.repository)
-
-
-def pull(host: HostPaths, text: str, **options: Any) -> PullResult:
-    wanted: dict[str, Any] = {
-        "expect_digest": None,
-        "verity": Verity.OPPORTUNISTIC,
-        "lock_timeout": 5,
-        "reporter": Silent(),
-    }
-    return pull_image(host, ImageReference.parse(text), **(wanted | options))
-
-
-def with_formats(host: HostPaths, formats: FormatSet) -> None:
-    Repository.init(
-        host.repository, algorithm=Algorithm.SHA512, formats=formats, verity=Verity.OPPORTUNISTIC
-    )[0].close()
-
-
-@contextmanager
-def opened(host: HostPaths) -> Iterator[Repository]:
-    with Repository.open(host.repository, lock_timeout=1) as repository:
-        yield repository
 
 
 def files(directory: Path) -> dict[str, tuple[int, int]]:
@@ -137,15 +82,6 @@ class Recorder(Silent):
 
     def generating(self, done: int, total: int) -> None:
         self.images.append((done, total))
-
-
-def three_layers(layout: Layout, tag: str = "v1", **kwargs: Any) -> dict[str, Any]:
-    layers = [
-        layout.layer(BASE, "gzip"),
-        layout.layer(more(b"a"), "zstd"),
-        layout.layer(more(b"b", 64), "none"),
-    ]
-    return layout.image(tag, layers, labels={"org.opencontainers.image.version": "1.2"}, **kwargs)
 
 
 # --- the good way -----------------------------------------------------------------------------------------
@@ -389,10 +325,6 @@ def test_format_without_a_place(host: HostPaths, layout: Layout) -> None:
 # --- other ways in ----------------------------------------------------------------------------------------
 
 
-def copy(skopeo: str, source: str, target: str, *options: str) -> None:
-    run(skopeo, "copy", "-q", "--insecure-policy", "--dest-tls-verify=false", *options, source, target)
-
-
 def test_registry_list_and_schema_2(
     tmp_path: Path, cfsctl: str, skopeo: str, registry: Registry, layout: Layout
 ) -> None:
@@ -465,180 +397,12 @@ def test_artifact(host: HostPaths, judge: Judge, layout: Layout) -> None:
             image = images.open_image(repository, result.manifest_digest)
             assert list(image.layers) == [blob["digest"] for blob in blobs]
         for blob in blobs:
-            assert _cat(judge, f"oci-layer-{blob['digest']}") == layout.blob_path(blob["digest"]).read_bytes()
+            assert judge.cat(f"oci-layer-{blob['digest']}") == layout.blob_path(blob["digest"]).read_bytes()
         assert not pull(host, f"oci:{layout.path}:{name}").changed
     judge.check(images=2)
     judge("gc")
     judge.check(images=2)
     assert [row["artifact"] for row in scan(host)["images"]] == [True, True]
-
-
-def _cat(judge: Judge, stream: str) -> bytes:
-    argv = [judge.program, "--repo", str(judge.repository), "--insecure", "cat", stream]
-    return subprocess.run(argv, check=True, capture_output=True, timeout=60).stdout
-
-
-# --- bad images -------------------------------------------------------------------------------------------
-
-
-def flip(path: Path, at: int = -9) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def rewritten(layout: Layout, layer: Layer, data: bytes) -> Layer:
-    """A layer whose blob is ``data`` and whose descriptor says so: only the diff_id can tell."""
-    return Layer(layout.blob(data, layer.descriptor["mediaType"]), layer.diff_id)
-
-
-Bad = Callable[[Layout], None]
-
-
-def flipped_blob(layout: Layout) -> None:
-    layer = layout.layer(more(b"bad"), "none")
-    layout.image("bad", [layout.layer(BASE), layer])
-    flip(layout.blob_path(layer.descriptor["digest"]))
-
-
-def flipped_gzip(layout: Layout) -> None:
-    layer = layout.layer(os.urandom(50_000), "gzip")
-    layout.image("bad", [layout.layer(BASE), layer])
-    flip(layout.blob_path(layer.descriptor["digest"]), 2000)
-
-
-def flipped_config(layout: Layout) -> None:
-    descriptor = layout.image("bad", [layout.layer(BASE)])
-    config = json.loads(layout.blob_path(descriptor["digest"]).read_bytes())["config"]
-    flip(layout.blob_path(config["digest"]))
-
-
-def flipped_manifest(layout: Layout) -> None:
-    flip(layout.blob_path(layout.image("bad", [layout.layer(BASE)])["digest"]))
-
-
-def cut_blob(layout: Layout) -> None:
-    layer = layout.layer(more(b"bad"), "gzip")
-    layout.image("bad", [layout.layer(BASE), layer])
-    truncate(layout.blob_path(layer.descriptor["digest"]))
-
-
-def lying_diff_id(layout: Layout) -> None:
-    good = layout.layer(more(b"bad"), "gzip")
-    layout.image("bad", [layout.layer(BASE), Layer(good.descriptor, "sha256:" + "0" * 64)])
-
-
-def swapped_layers(layout: Layout) -> None:
-    one, two = layout.layer(BASE), layout.layer(more(b"bad"))
-    layout.image("bad", [Layer(one.descriptor, two.diff_id), Layer(two.descriptor, one.diff_id)])
-
-
-def truncated_gzip(layout: Layout) -> None:
-    layer = layout.layer(more(b"bad"), "gzip")
-    cut = layout.blob_path(layer.descriptor["digest"]).read_bytes()[:-20]
-    layout.image("bad", [layout.layer(BASE), rewritten(layout, layer, cut)])
-
-
-def not_gzip(layout: Layout) -> None:
-    layer = layout.layer(more(b"bad"), "gzip")
-    layout.image("bad", [layout.layer(BASE), rewritten(layout, layer, b"plain text")])
-
-
-def truncated_tar(layout: Layout) -> None:
-    layout.image("bad", [layout.layer(BASE), layout.layer(more(b"bad")[:1000], "gzip")])
-
-
-def one_diff_id_missing(layout: Layout) -> None:
-    layout.image("bad", [layout.layer(BASE), layout.layer(more(b"bad"))],
-                 config_extra={"rootfs": {"type": "layers", "diff_ids": ["sha256:" + "0" * 64]}})  # fmt: skip
-
-
-def unknown_layer_type(layout: Layout) -> None:
-    layer = layout.layer(BASE)
-    layout.image("bad", [Layer(layer.descriptor | {"mediaType": LAYER_TYPE + "+lzma"}, layer.diff_id)])
-
-
-def no_usr(layout: Layout) -> None:
-    layout.image("bad", [layout.layer(tars.directory(b"etc") + tars.END)])
-
-
-def missing_parent(layout: Layout) -> None:
-    layout.image("bad", [layout.layer(BASE), layout.layer(tars.file(b"no/such/place", b"") + tars.END)])
-
-
-def config_that_is_none(layout: Layout) -> None:
-    layout.image("bad", [layout.layer(BASE)], manifest_extra={"config": layout.blob(b"[]", CONFIG_TYPE)})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "kind"),
-    [
-        (flipped_blob, DigestMismatch),
-        (flipped_gzip, DigestMismatch),
-        (flipped_config, DigestMismatch),
-        (flipped_manifest, DigestMismatch),
-        (cut_blob, DigestMismatch),
-        (lying_diff_id, DigestMismatch),
-        (swapped_layers, DigestMismatch),
-        (truncated_gzip, UnsupportedImage),
-        (not_gzip, UnsupportedImage),
-        (truncated_tar, UnsupportedImage),
-        (one_diff_id_missing, UnsupportedImage),
-        (unknown_layer_type, UnsupportedImage),
-        (no_usr, UnsupportedImage),
-        (missing_parent, UnsupportedImage),
-        (config_that_is_none, UnsupportedImage),
-    ],
-)
-def test_bad_image(
-    host: HostPaths, judge: Judge, layout: Layout, spoil: Bad, kind: type[HostimageError]
-) -> None:
-    """The right error, no name for anything bad, and the next good image pulls."""
-    spoil(layout)
-    with pytest.raises(kind) as caught:
-        pull(host, f"oci:{layout.path}:bad")
-    assert "\n" not in caught.value.message
-    assert str(host.temporary) not in caught.value.message
-    with opened(host) as repository:
-        assert images.tags(repository) == {}
-        assert not [
-            name for name in repository.streams() if name.startswith(("oci-manifest-", "oci-config-"))
-        ]
-        assert repository.images() == []
-        for name in repository.streams():
-            assert "sha256:" + hashlib.sha256(_cat(judge, name)).hexdigest() == name.removeprefix(
-                "oci-layer-"
-            )
-    assert pulls.load(host.pulls) == []
-    assert list(host.temporary.iterdir()) == []
-    judge.check(images=0)
-    for path in (layout.path / "blobs/sha256").iterdir():
-        path.unlink()
-    three_layers(layout, "good")
-    assert pull(host, f"oci:{layout.path}:good").changed
-    judge.check(images=1)
-
-
-def test_damaged_repository_is_mended_by_pulling(host: HostPaths, judge: Judge, layout: Layout) -> None:
-    """Objects that went missing are fetched again: content, layer streams, images, config, manifest."""
-    three_layers(layout)
-    with_formats(host, BOTH)
-    result = pull(host, f"oci:{layout.path}:v1")
-    objects = sorted(path for path in (host.repository / "objects").rglob("*") if path.is_file())
-    assert len(objects) > 8
-    for path in objects:
-        path.unlink()
-        mended = pull(host, f"oci:{layout.path}:v1")
-        assert mended.changed
-        assert mended.image_ids == result.image_ids
-        judge.check(images=1)
-    shutil.rmtree(host.repository / "images")
-    assert pull(host, f"oci:{layout.path}:v1").changed
-    judge.check(images=1)
 
 
 # --- refusals and interruptions ---------------------------------------------------------------------------
@@ -788,5 +552,5 @@ def test_gzip_members_and_nothing_fetched_twice(host: HostPaths, judge: Judge, l
     layout.image("v1", [layer])
     result = pull(host, f"oci:{layout.path}:v1")
     judge.check(images=1)
-    assert _cat(judge, f"oci-layer-{layer.diff_id}") == tar
+    assert judge.cat(f"oci-layer-{layer.diff_id}") == tar
     assert result.bytes_fetched == result.bytes_total

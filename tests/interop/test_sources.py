@@ -19,6 +19,7 @@ import pytest
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import INDEX_TYPE, Layout
 from hostimage_testing.registry import Registry, free_port
+from hostimage_testing.samples import copy
 from hostimage_testing.tools import run
 from hostimaged.errors import (
     Cancelled,
@@ -94,10 +95,6 @@ def read(source: ImageSource) -> Fetched:
 
 def fetch(text: str, host: HostPaths, work_dir: Path) -> Fetched:
     return read(open_source(ImageReference.parse(text), host, work_dir, Silent(), Patience(pause=0.02)))
-
-
-def copy(skopeo: str, source: str, target: str, *options: str) -> None:
-    run(skopeo, "copy", "-q", "--insecure-policy", "--dest-tls-verify=false", *options, source, target)
 
 
 def sample(layout: Layout, tag: str | None = "v1", *, listed: bool = True, n: str = "1") -> dict[str, Any]:

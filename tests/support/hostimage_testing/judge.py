@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,3 +34,8 @@ class Judge:
     def image_id(self, name: str, version: int) -> str:
         """Hex image id that cfsctl computes from the layers stored for the tag ``name``."""
         return self("oci", "compute-id", name, version=version).strip()
+
+    def cat(self, stream: str) -> bytes:
+        """What the stream ``stream`` stands for, put together by cfsctl."""
+        command = [self.program, "--repo", self.repository, "--insecure", "cat", stream]
+        return subprocess.run(command, check=True, capture_output=True).stdout

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from hostimaged.composefs.repository import Repository, Verity
+from hostimaged.composefs.fsverity import Algorithm
+from hostimaged.composefs.repository import FormatSet, Repository, Verity
 from hostimaged.oci import images, pulls
 from hostimaged.oci.pull import PullResult, pull_image
 from hostimaged.oci.reference import ImageReference
@@ -24,6 +27,20 @@ def pull(host: HostPaths, reference: str, **options: Any) -> PullResult:
         "reporter": Silent(),
     }
     return pull_image(host, ImageReference.parse(reference), **(wanted | options))
+
+
+def with_formats(host: HostPaths, formats: FormatSet) -> None:
+    """Make the repository of ``host``, which nobody pulled into yet, with these formats."""
+    Repository.init(
+        host.repository, algorithm=Algorithm.SHA512, formats=formats, verity=Verity.OPPORTUNISTIC
+    )[0].close()
+
+
+@contextmanager
+def opened(host: HostPaths) -> Iterator[Repository]:
+    """The repository of ``host`` under its shared lock."""
+    with Repository.open(host.repository, lock_timeout=1) as repository:
+        yield repository
 
 
 def check_whole(repository: Repository) -> None:
