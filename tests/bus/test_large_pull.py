@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -104,7 +104,60 @@ async def shipped(bus: Bus, root: Path, notes: Path) -> AsyncIterator[Daemon]:
         daemon.clean_up()
 
 
-@pytest.mark.timeout(180)
+@dataclass(frozen=True)
+class Service:
+    """How others were served while images were pulled: seconds, each list sorted."""
+
+    #: How long reads of properties took.
+    reads: list[float]
+    #: By how much the loop of the daemon woke up late, and one with nothing to do.
+    late: list[float]
+    idle: list[float]
+    #: How long the pulls took.
+    pulling: float
+
+    @property
+    def answered(self) -> bool:
+        """Reads are quick, what the machine adds allowed."""
+        return percentile(self.reads) < ANSWERED + WAKEUPS * percentile(self.idle)
+
+    @property
+    def stalled(self) -> bool:
+        """The loop stood still, and the machine does not explain it."""
+        return self.late[-1] >= STALL + self.idle[-1]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.reads)} reads, 99 % in {percentile(self.reads) * 1000:.1f} ms;"
+            f" longest stall {self.late[-1] * 1000:.1f} ms;"
+            f" an idle loop: 99 % {percentile(self.idle) * 1000:.1f} ms late,"
+            f" longest {self.idle[-1] * 1000:.1f} ms"
+        )
+
+
+async def serve(bus: Bus, client: Client, reader: Client, layout: Layout, place: Path) -> Service:
+    """Read properties while a new daemon at ``place``, which is there, pulls the images."""
+    beats, others = place / "daemon", place / "control"
+    reads: list[float] = []
+    async with shipped(bus, place / "root", beats):
+        await client.status()
+        with control(others):
+            begin = time.monotonic()
+            for image in range(3):
+                path = await client.pull(f"oci:{layout.path}:v{image}")
+                while not any(s.body[1] == path for s in client.named("JobRemoved")):
+                    started = time.monotonic()
+                    await reader.properties(ROOT_PATH, MANAGER_INTERFACE)
+                    await reader.properties(path, JOB_INTERFACE)
+                    reads.append((time.monotonic() - started) / 2)
+                    await asyncio.sleep(PACE)
+                assert (await client.removed(path))[3] == "done"
+            end = time.monotonic()
+    found = [heartbeat.delays(notes, begin, end) for notes in (beats, others)]
+    return Service(sorted(reads), *found, end - begin)
+
+
+@pytest.mark.timeout(300)
 async def test_properties_are_read_while_large_images_are_pulled(
     bus: Bus,
     client: Client,
@@ -113,39 +166,22 @@ async def test_properties_are_read_while_large_images_are_pulled(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    beats, others = tmp_path / "daemon", tmp_path / "control"
-    times: list[float] = []
-    async with shipped(bus, tmp_path / "root", beats):
-        await client.status()
-        with control(others):
-            begin = time.monotonic()
-            ends = [begin]
-            for image in range(3):
-                path = await client.pull(f"oci:{layout.path}:v{image}")
-                while not any(s.body[1] == path for s in client.named("JobRemoved")):
-                    started = time.monotonic()
-                    await reader.properties(ROOT_PATH, MANAGER_INTERFACE)
-                    await reader.properties(path, JOB_INTERFACE)
-                    times.append((time.monotonic() - started) / 2)
-                    await asyncio.sleep(PACE)
-                assert (await client.removed(path))[3] == "done"
-                ends.append(time.monotonic())
-            end = ends[-1]
-    late, idle = heartbeat.delays(beats, begin, end), heartbeat.delays(others, begin, end)
-    # What the daemon does wrong it does at each pull; what the machine does to one process, once.
-    stalls = sorted(heartbeat.delays(beats, *pull)[-1] for pull in pairwise(ends))
-    answered, noise = percentile(times), percentile(idle)
+    service = await serve(bus, client, reader, layout, in_new(tmp_path / "once"))
+    if service.stalled:
+        # What the daemon does wrong it does again; the machine stalls one process of two once.
+        client.clear()
+        service = await serve(bus, client, reader, layout, in_new(tmp_path / "again"))
     with capsys.disabled():
-        print(
-            f" [{len(times)} reads, 99 % in {answered * 1000:.1f} ms;"
-            f" longest stalls {[round(stall * 1000) for stall in stalls]} ms;"
-            f" an idle loop: 99 % {noise * 1000:.1f} ms late, longest {idle[-1] * 1000:.1f} ms]",
-            end="",
-        )
-    assert len(times) >= READS
-    assert len(late) > 0.2 * (end - begin) / heartbeat.INTERVAL
-    assert answered < ANSWERED + WAKEUPS * noise
-    assert stalls[1] < STALL + idle[-1]
+        print(f" [{service}]", end="")
+    assert len(service.reads) >= READS
+    assert len(service.late) > 0.2 * service.pulling / heartbeat.INTERVAL
+    assert service.answered
+    assert not service.stalled
+
+
+def in_new(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
 def percentile(values: list[float]) -> float:

@@ -63,16 +63,20 @@ def finalize_main(argv: Sequence[str]) -> int:
         description="Activate the staged deployment; to be run at shutdown.",
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="a host made of plain files below DIR")
-    parser.add_argument(
-        "--lock-timeout",
-        type=float,
-        default=FINALIZE_LOCK_TIMEOUT,
-        metavar="SECONDS",
-        help="how long to wait for other programs (default: %(default)s)",
-    )
+    _add_lock_timeout(parser, FINALIZE_LOCK_TIMEOUT)
     arguments = parser.parse_args(argv)
     paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
     return _told(lambda: _finalize(paths, arguments.lock_timeout))
+
+
+def _add_lock_timeout(parser: argparse.ArgumentParser, default: float) -> None:
+    parser.add_argument(
+        "--lock-timeout",
+        type=float,
+        default=default,
+        metavar="SECONDS",
+        help="how long to wait for other programs (default: %(default)s)",
+    )
 
 
 def _finalize(paths: HostPaths, lock_timeout: float) -> dict[str, Any]:
@@ -257,13 +261,7 @@ def collect_main(argv: Sequence[str]) -> int:
         help="how long images stay that were pulled and not deployed (default: %(default)s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
-    parser.add_argument(
-        "--lock-timeout",
-        type=float,
-        default=DEFAULT_LOCK_TIMEOUT,
-        metavar="SECONDS",
-        help="how long to wait for other programs (default: %(default)s)",
-    )
+    _add_lock_timeout(parser, DEFAULT_LOCK_TIMEOUT)
     arguments = parser.parse_args(argv)
     return _told(
         lambda: _collect(arguments, replace(rules, keep_pulled=arguments.keep_pulled)), tell=_tell_collected
@@ -271,11 +269,10 @@ def collect_main(argv: Sequence[str]) -> int:
 
 
 def _days(text: str) -> int:
-    """Raises ``ValueError``, which is told as wrong usage."""
-    days = int(text)
-    if not 0 <= days <= _MAX_DAYS:
-        raise ValueError(text)
-    return days
+    with suppress(ValueError):
+        if 0 <= (days := int(text)) <= _MAX_DAYS:
+            return days
+    raise argparse.ArgumentTypeError(f"not a number from 0 to {_MAX_DAYS}: {text!r}")
 
 
 def _collect(arguments: argparse.Namespace, rules: Rules) -> dict[str, Any]:

@@ -6,16 +6,16 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.boot.loader import Bootloader
+from hostimaged.composefs.repository import Repository
 from hostimaged.errors import InvalidArgs, PreconditionFailed
 from hostimaged.host.collect import collect, dry_run
 from hostimaged.host.read import read_host
-from hostimaged.host.session import open_session
+from hostimaged.host.session import open_session, optional_verity
 from hostimaged.system.locks import FileLock
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hostimaged.composefs.repository import Repository
     from hostimaged.host.collectplan import Rules
     from hostimaged.progress import Reporter
     from hostimaged.system.paths import HostPaths
@@ -50,10 +50,12 @@ def collect_offline(
     what ``collect`` raises.
     """
     if preview:
-        with open_session(paths, reporter, lock_timeout=lock_timeout) as session:
-            loader = bootloader or _find_bootloader(paths, session.repository)
-            state = read_host(paths, session.repository, bootloader=loader)
-            found = dry_run(paths, session.repository, state, rules, now=int(time.time()), reporter=reporter)
+        # Nothing is written, so that the disk may be mounted read-only.
+        insecure = optional_verity(paths)
+        with Repository.open(paths.repository, lock_timeout=lock_timeout, insecure=insecure) as repository:
+            loader = bootloader or _find_bootloader(paths, repository)
+            state = read_host(paths, repository, bootloader=loader)
+            found = dry_run(paths, repository, state, rules, now=int(time.time()), reporter=reporter)
             return found | {"dry-run": True}
     with (
         FileLock(paths.job_lock, timeout=lock_timeout, what=str(paths.job_lock)),

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from hostimage_testing.tools import require, run
+from hostimage_testing.tools import absent, require, run
 
 _MAKE = {
     "ext4": ("mkfs.ext4", "-q", "-F"),
@@ -23,7 +21,8 @@ def loop_filesystem(directory: Path, kind: str, size: int) -> Iterator[Path]:
     """Mount a new file system of ``kind`` (ext4, xfs with reflinks, btrfs) and ``size`` bytes.
 
     Gives where it is mounted, below ``directory``. At the end it is unmounted with everything that programs
-    mounted below it, which gives its loop device back. Skips the test where the kernel cannot mount it.
+    mounted below it, which gives its loop device back. A kernel that cannot mount it is a missing peer
+    (``absent``).
     """
     make, *options = _MAKE[kind]
     image = directory / f"{kind}.img"
@@ -35,7 +34,7 @@ def loop_filesystem(directory: Path, kind: str, size: int) -> Iterator[Path]:
     done = run("mount", "-t", kind, "-o", "loop", image, mounted, check=False)
     if done.code != 0:
         image.unlink()
-        pytest.skip(f"{kind} on a loop device cannot be mounted here: {done.err.strip()}")
+        absent(f"{kind} on a loop device cannot be mounted here: {done.err.strip()}")
     try:
         yield mounted
     finally:
