@@ -71,6 +71,7 @@ complete -c hostimagectl -n '__fish_seen_subcommand_from pull' -a 'oci: oci-arch
 
 complete -c hostimagectl -n 'not __fish_seen_subcommand_from status images show diff why check upgrade pull stage switch update rollback cancel-rollback unstage make-default pin unpin delete kargs gc verify repair unify policy hold release reload jobs cancel monitor log-level completion' -a stage -d 'deploy an image of the repository at the next boot'
 complete -c hostimagectl -n '__fish_seen_subcommand_from stage' -l expect-digest -x -d 'fail unless the source\'s manifest has this sha256:… digest'
+complete -c hostimagectl -n '__fish_seen_subcommand_from stage' -l retry-failed -d 'try an image again whose start failed before'
 complete -c hostimagectl -n '__fish_seen_subcommand_from stage' -l download-only -d 'stage it locked: it is not started until it is unlocked'
 complete -c hostimagectl -n '__fish_seen_subcommand_from stage' -l apply -x -a 'none reboot soft-reboot' -d 'then restart into it: none (default), reboot or soft-reboot'
 complete -c hostimagectl -n '__fish_seen_subcommand_from stage' -l allow-downgrade -d 'accept an image older than the present one'

@@ -195,7 +195,7 @@ _UPDATE: Final = (
             ),
         ),
         parameters=_SENDS_IMAGE,
-        options=(_DIGEST, _DOWNLOAD_ONLY, _APPLY, _DOWNGRADE),
+        options=(_DIGEST, _RETRY, _DOWNLOAD_ONLY, _APPLY, _DOWNGRADE),
     ),
     JobCommand(
         name="switch",

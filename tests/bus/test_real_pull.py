@@ -116,6 +116,27 @@ async def test_a_store_is_shared_as_asked(daemon_with_policy: Daemon, client: Cl
         assert not list((daemon_with_policy.root / "sysroot/composefs/streams").glob("oci-*"))
 
 
+async def test_an_image_that_did_not_start_is_not_fetched_again_by_itself(
+    daemon_with_policy: Daemon, client: Client, layout: Layout
+) -> None:
+    descriptor = layout.image("v1", [layout.layer(_tar({"usr/a": b"1" * 1000}))])
+    state = daemon_with_policy.root / "sysroot/state/hostimaged"
+    state.mkdir(parents=True)
+    row = {"deployment": "a" * 128, "manifest-digest": descriptor["digest"], "time": 1}
+    (state / "failed-boots.json").write_text(json.dumps({"version": 1, "deployments": [row]}))
+    await daemon_with_policy.start()
+    image = f"oci:{layout.path}:v1"
+    refused = await client.removed(await client.pull(image))
+    assert refused[3:5] == ["failed", ErrorName.PRECONDITION_FAILED]
+    assert descriptor["digest"] in refused[5]
+    assert not list((daemon_with_policy.root / "sysroot/composefs").glob("streams/oci-*"))
+    wanted = await client.pull(image, **{"retry-failed": True})
+    assert (await client.removed(wanted))[3:] == ["done", "", ""]
+    assert (await client.removed(await client.pull(image)))[3] == "done", (
+        "of what is there nothing is fetched"
+    )
+
+
 async def test_failure_of_the_real_worker_has_its_name(
     daemon_with_policy: Daemon, client: Client, layout: Layout
 ) -> None:

@@ -114,6 +114,7 @@ def operation_of(request: Request, settings: Settings) -> Operation:
     """The worker's operation for a request that starts a job."""
     options = request.options
     waits: dict[str, Any] = {"lock_timeout": settings.lock_timeout}
+    accepting: dict[str, Any] = {"retry_failed": options.get("retry-failed", False)}
     staging: dict[str, Any] = {
         "download_only": options.get("download-only", False),
         "allow_downgrade": options.get("allow-downgrade", False),
@@ -123,7 +124,7 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         "expect_digest": options.get("expect-digest"),
         "verity": settings.verity,
         "sharing": options.get("sharing", "auto"),
-    }
+    } | accepting
     match request.member:
         case Member.CHECK:
             return Check(reference=request.reference)
@@ -137,7 +138,9 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         case Member.SWITCH:
             return Switch(reference=request.reference, **fetching, **staging, **waits)
         case Member.STAGE:
-            return Stage(manifest_digest=request.digest, reference=request.reference, **staging, **waits)
+            return Stage(
+                manifest_digest=request.digest, reference=request.reference, **accepting, **staging, **waits
+            )
         case Member.ROLLBACK:
             return Rollback(**waits)
         case Member.CANCEL_ROLLBACK:

@@ -37,7 +37,9 @@ OPTIONS: Final[Mapping[Member, Mapping[str, str]]] = {
     Member.CHECK: _CHECK,
     Member.UPGRADE: _SWITCH | {"from-downloaded": "b"},
     Member.PULL: _PULL,
-    Member.STAGE: _JOB | _APPLY | {"expect-digest": "s", "download-only": "b", "allow-downgrade": "b"},
+    Member.STAGE: _JOB
+    | _APPLY
+    | {"expect-digest": "s", "retry-failed": "b", "download-only": "b", "allow-downgrade": "b"},
     Member.SWITCH: _SWITCH,
     Member.ROLLBACK: _JOB | _APPLY,
     Member.UNSTAGE: _JOB,

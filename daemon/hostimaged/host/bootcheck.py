@@ -4,7 +4,8 @@ Whoever activates a menu writes down what the next boot is to start, in ``state/
 
     {"version": 1, "boot_id": "…", "time": 1767225600, "deployment": "<deployment id>"}
 
-After the next boot that is compared with what runs, and the file goes. A staged menu that is there without
+After the next boot that is compared with what runs, and the file goes; a deployment that does not run is
+remembered for longer (``failedboots``). A staged menu that is there without
 its marker was not activated at the last shutdown. What is found is told in ``boot.json`` of the run
 directory, for the daemon::
 
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.errors import HostimageError, from_os_error, printable
+from hostimaged.host import failedboots
+from hostimaged.host.failedboots import FailedBoot
 from hostimaged.host.read import read_host
 from hostimaged.host.statefile import read_state_file
 from hostimaged.ids import DeploymentId
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 #: A few short strings.
 MAX_SIZE: Final = 4096
+#: Of the results of a check: what was to run does not.
+NOT_BOOTED: Final = "not-booted"
 #: Characters of what the journal says that are told.
 _CAUSE: Final = 300
 
@@ -83,7 +88,9 @@ def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) ->
     if expected is not None and expected.boot_id == boot_id:
         # Decided since the boot: it is for the next one to show.
         expected = None
-    found = _compare(read_host(paths, None), expected)
+    state = read_host(paths, None)
+    found = _compare(state, expected)
+    _remember(paths, state, found, now)
     try:
         if found is not None:
             deployment, result, message = found
@@ -101,6 +108,19 @@ def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) ->
     return {"result": result, "deployment": str(deployment), "message": message}
 
 
+def _remember(
+    paths: HostPaths, state: HostState, found: tuple[DeploymentId, str, str] | None, now: int
+) -> None:
+    """Keep in mind which deployment did not start, and that the one that runs did."""
+    if state.booted is None:
+        return
+    failed = None
+    if found is not None and found[1] == NOT_BOOTED:
+        row = state.find(found[0])
+        failed = FailedBoot(found[0], None if row is None else row.manifest_digest, now)
+    failedboots.remember(paths, failedboots.read(paths), failed, state.booted.id)
+
+
 def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId, str, str] | None:
     """The deployment that should run or be the next to, which of the two failed, and what to tell of it."""
     booted = state.booted
@@ -111,7 +131,7 @@ def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId,
             f"deployment {expected.deployment} was to be booted, and {booted.id} runs: another entry was "
             "chosen in the boot menu, or it did not start"
         )
-        return expected.deployment, "not-booted", text
+        return expected.deployment, NOT_BOOTED, text
     staged, live = state.sets.staged, state.sets.live
     if staged is not None and state.marker is None:
         # After an activation that was cut short the old menu is there instead: its first is a known one.

@@ -155,6 +155,7 @@ def remove_temporary(session: Session, state: HostState) -> None:
         paths.transaction,
         paths.pulls,
         paths.expected_boot,
+        paths.failed_boots,
         paths.made_tags,
         *statedirs.origins(paths),
     ]

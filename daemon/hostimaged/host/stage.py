@@ -17,7 +17,7 @@ from hostimaged.boot import kargs
 from hostimaged.boot.cmdline import Cmdline
 from hostimaged.boot.files import TreeFiles
 from hostimaged.errors import BootLoaderError, HostimageError, NothingStaged, PreconditionFailed
-from hostimaged.host import bootimage, cleanup, etcmerge, journal, statedirs
+from hostimaged.host import bootimage, cleanup, etcmerge, failedboots, journal, statedirs
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.etctree import read_image, subdirectory
 from hostimaged.host.followed import followed
@@ -85,13 +85,15 @@ class StageRequest:
     """What to stage: a manifest in the repository, under the reference that later updates follow.
 
     ``locked``: download only, the shutdown does not activate it. ``allow_downgrade``: an image older than
-    what runs is wanted. ``max_entries``: entries of a menu, of which pinned deployments get those beyond two.
+    what runs is wanted. ``retry_failed``: one that did not start is. ``max_entries``: entries of a menu, of
+    which pinned deployments get those beyond two.
     """
 
     manifest_digest: ManifestDigest
     reference: OriginReference
     locked: bool = False
     allow_downgrade: bool = False
+    retry_failed: bool = False
     max_entries: int = BOOTC_ENTRIES
     systemd_version: int | None = None
 
@@ -99,9 +101,9 @@ class StageRequest:
 def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     """Stage an image. The result has ``result`` (see ``Result``), ``deployment`` and what is known of it.
 
-    Raises ``ImageNotFound``, ``UnsupportedImage``, ``PreconditionFailed`` (a downgrade, conflicts in
-    ``/etc``), ``NoSpace``, ``BootLoaderError``, ``LockTimeout`` and what writing raises. Then nothing is
-    staged that was not, and what was made is taken back; what was staged before may be gone.
+    Raises ``ImageNotFound``, ``UnsupportedImage``, ``PreconditionFailed`` (a downgrade, an image that did not
+    start, conflicts in ``/etc``), ``NoSpace``, ``BootLoaderError``, ``LockTimeout`` and what writing raises.
+    Then nothing is staged that was not, and what was made is taken back; what was staged before may be gone.
     """
     session.reporter.phase(Phase.STAGING)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
@@ -160,6 +162,9 @@ class _Stage:
         known = self._known()
         if known is not None:
             return known
+        if not self._request.retry_failed:
+            known_failed = failedboots.read(self._session.paths)
+            failedboots.refuse(known_failed, self._request.manifest_digest, self.id)
         if migrate(self._session, self._state):
             self._state = self._session.state()
         base = self._base()

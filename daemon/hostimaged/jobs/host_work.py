@@ -91,6 +91,7 @@ def stage(paths: HostPaths, operation: operations.Stage, channel: Channel) -> di
         OriginReference.of(ImageReference.parse(operation.reference)),
         locked=operation.download_only,
         allow_downgrade=operation.allow_downgrade,
+        retry_failed=operation.retry_failed,
         max_entries=operation.max_entries,
     )
     with _change(paths, channel, operation.lock_timeout) as session:

@@ -129,12 +129,13 @@ class _Fetch(_OfImage):
     expect_digest: str | None = Field(default=None, max_length=128)
     verity: Literal["require", "opportunistic"] = "require"
     sharing: Literal["copy", "auto", "require"] = "auto"
+    retry_failed: bool = False
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property
     def identity(self) -> Hashable:
         """See ``_Operation``."""
-        return (self.kind, self.reference, self.expect_digest, self.sharing)
+        return (self.kind, self.reference, self.expect_digest, self.sharing, self.retry_failed)
 
 
 class Pull(_Fetch):
@@ -164,6 +165,7 @@ class _Update(_Fetch):
             reference=self.reference,
             download_only=self.download_only,
             allow_downgrade=self.allow_downgrade,
+            retry_failed=self.retry_failed,
             max_entries=self.max_entries,
             lock_timeout=self.lock_timeout,
         )
@@ -223,6 +225,7 @@ class Stage(_HostOperation):
     reference: str = Field(max_length=MAX_LENGTH)
     download_only: bool = False
     allow_downgrade: bool = False
+    retry_failed: bool = False
     max_entries: int = Field(default=2, ge=2, le=10)
 
     @property

@@ -22,11 +22,13 @@ def pull(
 ) -> dict[str, Any]:
     """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
     from hostimaged.composefs.repository import Sharing, Verity
+    from hostimaged.host import failedboots
     from hostimaged.host.followed import demands_signature
     from hostimaged.oci.pull import pull_image
     from hostimaged.oci.reference import ImageReference
 
     reference = ImageReference.parse(operation.reference)
+    failed = () if operation.retry_failed else failedboots.read(paths)
     try:
         result = pull_image(
             paths,
@@ -37,6 +39,7 @@ def pull(
             reporter=channel,
             signed=demands_signature(paths, reference),
             sharing=Sharing(operation.sharing),
+            accept=lambda digest: failedboots.refuse(failed, digest),
         )
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.

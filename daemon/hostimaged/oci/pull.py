@@ -34,6 +34,8 @@ from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Verity
     from hostimaged.ids import ConfigDigest, DiffId, ObjectId, SourceDigest
@@ -123,6 +125,7 @@ def pull_image(
     patience: Patience = DEFAULT_PATIENCE,
     signed: bool = False,
     sharing: Sharing = Sharing.AUTO,
+    accept: Callable[[ManifestDigest], None] | None = None,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -132,7 +135,7 @@ def pull_image(
     on where it stopped. With ``expect_digest`` the digest of the manifest, here or at the source, must be
     that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
     the signature policy has to demand a signature of the image. ``sharing``: how files of containers-storage
-    become objects.
+    become objects. ``accept`` is asked before anything is fetched of an image, and may raise.
 
     Raises ``SharingImpossible`` where they would have to be copied and must not be;
     ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
@@ -157,7 +160,7 @@ def pull_image(
                 reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
             ) as source:
                 pull = _Pull(repository, reference, stoppable, sharing)
-                image, layers_found = pull.fetch(source, expect_digest)
+                image, layers_found = pull.fetch(source, expect_digest, accept)
             result = pull.commit(image, layers_found)
         _record(paths, result, stoppable)
     return result
@@ -214,10 +217,15 @@ class _Pull:
         self._kept: KeptEntries | None = None
 
     def fetch(
-        self, source: ImageSource, expect_digest: str | None
+        self,
+        source: ImageSource,
+        expect_digest: str | None,
+        accept: Callable[[ManifestDigest], None] | None = None,
     ) -> tuple[_Resolved, dict[DiffId, ObjectId]]:
         """All that needs the source; gives the image and the stream ids of its layers."""
         image = self._resolve(source, expect_digest)
+        if accept is not None and image.missing:
+            accept(image.digest)
         self._reporter.at("pull.resolved")
         shares = self._shares(source)
         self._begin(image, 0 if shares else image.fetch_size)

@@ -168,6 +168,11 @@ class HostPaths:
         return self.state / "expected.json"
 
     @property
+    def failed_boots(self) -> Path:
+        """Deployments that were to boot and did not."""
+        return self.state / "failed-boots.json"
+
+    @property
     def transaction(self) -> Path:
         """The journal of the operation under way, or interrupted."""
         return self.state / "transaction.json"

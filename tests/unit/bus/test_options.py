@@ -44,7 +44,7 @@ ALLOWED = {
     "Pull": PULL,
     "Upgrade": SWITCH | {"from-downloaded"},
     "Switch": SWITCH,
-    "Stage": JOB | {"expect-digest", "download-only", "apply", "allow-downgrade"},
+    "Stage": JOB | {"expect-digest", "retry-failed", "download-only", "apply", "allow-downgrade"},
     "Rollback": JOB | {"apply"},
     "MakeDefault": JOB | {"apply"},
     "SetKernelArguments": JOB | {"apply"},
