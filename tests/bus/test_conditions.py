@@ -112,7 +112,7 @@ async def test_a_value_of_another_type_holds_nothing(bus: Bus, client: Client) -
 async def test_signals_of_others_are_not_heard(
     bus: Bus, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hostimaged.jobs.conditions._PAUSE", 0)
+    monkeypatch.setattr("hostimaged.jobs.properties._PAUSE", 0)
     async with (
         service(bus.address, BATTERY, False) as double,
         watching(client, BATTERY) as told,

@@ -115,6 +115,37 @@ def test_the_timer_fires(container: Container, policy: str, said: str) -> None:
         container.run("hostimagectl", "policy", "none")
 
 
+def test_the_daemon_tells_when_the_timer_is_due(container: Container) -> None:
+    timer = "hostimaged-update.timer"
+    next_check = (
+        "busctl",
+        "get-property",
+        "org.hostimage1",
+        "/org/hostimage1",
+        "org.hostimage1.Manager",
+        "NextCheck",
+    )
+    assert container.run(*next_check).out == "t 0\n"
+    container.run("hostimagectl", "policy", "check")
+    try:
+        with drop_in(container, timer, _ANYWHERE):
+            container.run("systemctl", "start", timer)
+            end = time.monotonic() + PATIENCE
+            while (due := int(container.run(*next_check).out.split()[1])) == 0:
+                assert time.monotonic() < end
+                time.sleep(0.2)
+            # Some time until the end of tomorrow, and its delay.
+            assert 0 < due / 1_000_000 - time.time() < 30 * 3600
+            shown = container.show(timer, "NextElapseUSecRealtime")
+            assert shown, "systemd says so too"
+            container.run("systemctl", "stop", timer)
+            while container.run(*next_check).out != "t 0\n":
+                assert time.monotonic() < end
+                time.sleep(0.2)
+    finally:
+        container.run("hostimagectl", "policy", "none")
+
+
 def test_the_run_directories_are_there(container: Container) -> None:
     container.run("systemd-tmpfiles", "--create", "hostimaged.conf")
     shown = container.run("stat", "--format=%a %U %F", "/run/hostimaged", "/run/composefs").out.splitlines()

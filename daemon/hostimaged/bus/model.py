@@ -15,6 +15,7 @@ from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
 from hostimaged.errors import InvalidReference, PreconditionFailed
+from hostimaged.host.updatepolicy import UpdatePolicy
 from hostimaged.jobs.kinds import KINDS
 from hostimaged.oci.reference import ImageReference
 
@@ -70,6 +71,7 @@ class Model:
         self._boot_id = boot_id
         self._answer: Encoded | None = None
         self._unwatched = ""
+        self._timer_due = 0
         self.take_settings(settings, settings_problems)
 
     def take_settings(self, settings: Settings, problems: Sequence[SettingsProblem]) -> None:
@@ -81,6 +83,10 @@ class Model:
     def set_unwatched(self, why: str) -> None:
         """Changes by other programs are noticed late, and why; "": they are noticed at once."""
         self._unwatched = why
+
+    def set_timer(self, due: int) -> None:
+        """When the timer of updates is due, microseconds since the epoch; 0: never."""
+        self._timer_due = due
 
     def changed(self) -> None:
         """Something in the status document changed."""
@@ -157,8 +163,9 @@ class Model:
             "Update": to_variants(self._update()),
             "LastCheck": list(self._updates.last_check(self.tracked)),
             "LastFailure": self._last_failure(),
-            "UpdatePolicy": str(self._policy.chosen or self.settings.update_policy),
-            "NextCheck": 0,
+            "UpdatePolicy": self._update_policy,
+            # With that policy the timer asks nobody.
+            "NextCheck": 0 if self._update_policy == UpdatePolicy.NONE else self._timer_due,
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
             "Unified": findings.unified,
@@ -179,6 +186,10 @@ class Model:
             )
             self._answer = Encoded.of("s", [document])
         return self._answer
+
+    @property
+    def _update_policy(self) -> str:
+        return str(self._policy.chosen or self.settings.update_policy)
 
     def _state(self) -> str:
         active = self._queue.active

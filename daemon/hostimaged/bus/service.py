@@ -31,6 +31,7 @@ from hostimaged.jobs.logind import Logind
 from hostimaged.jobs.operations import PREPARED, SOFT_REBOOT, Collect, Recover
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
+from hostimaged.jobs.update_timer import TimerWatch
 from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class Service:
             self._tasks.create_task(Watch(self._connection, condition, self._holds.set_condition).run())
             for condition in CONDITIONS
         ]
+        self._watches.append(self._tasks.create_task(TimerWatch(self._connection, self._timer_set).run()))
         self._tasks.create_task(self._queue.save())
         self._lanes = self._tasks.create_task(self._queue.run())
         self._scans = self._tasks.create_task(self._rescans.run())
@@ -232,6 +234,10 @@ class Service:
 
     def _changed(self) -> None:
         self._deployments.update(self._status.findings.deployments)
+        self._manager.refresh()
+
+    def _timer_set(self, due: int) -> None:
+        self._model.set_timer(due)
         self._manager.refresh()
 
     def _unwatched(self, why: str) -> None:
