@@ -37,6 +37,7 @@ def pull(
             reporter=channel,
             signed=demands_signature(paths, reference),
             sharing=Sharing(operation.sharing),
+            minimum_free=operation.minimum_free << 20,
         )
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.
