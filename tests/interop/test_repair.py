@@ -156,7 +156,7 @@ def test_one_in_a_thousand_and_all_kinds(cfsctl: str, pulled: Pulled, original: 
         missing |= {
             repository.has_stream(row.path.removeprefix("streams/")).hex()  # type: ignore[union-attr]
             for row in found.rows
-            if row.kind == "broken-symlink" and row.path.startswith("streams/")
+            if row.kind == "broken-symlink" and row.path.startswith("streams/oci-")
         }
         missing |= {row.path.removeprefix("images/") for row in found.rows if row.kind == "broken-symlink"}
         assert gone <= missing
