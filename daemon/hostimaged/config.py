@@ -32,7 +32,8 @@ class Settings(BaseModel):
     whether a new repository may be on a file system without fs-verity. ``lock_timeout``: seconds a job waits
     for a lock. ``max_live_entries``: deployments in the boot menu; beyond two, pinned ones get an entry, and
     bootc refuses to roll back. ``keep_pulled``: days that a pulled image stays which is not that to follow.
-    ``minimum_free``: MiB on the file system of the repository; where less is free, such an image goes before.
+    ``minimum_free``: MiB on the file system of the repository; where less is free, such an image goes before,
+    and a pull that would leave less is refused.
     ``update_policy``: how far updates go without being asked, until somebody chooses (SetUpdatePolicy).
     """
 

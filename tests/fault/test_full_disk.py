@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -168,6 +169,29 @@ async def test_too_large_to_begin_with(scene: Scene) -> None:
     objects = list(scene.host.repository.glob("objects/*/*"))
     assert objects == []
     filler.unlink()
+    await scene.works()
+
+
+@pytest.mark.parametrize("scene", ["size=64m"], indirect=True)
+async def test_what_is_to_stay_free(scene: Scene) -> None:
+    """A pull that fits, and would leave less than the settings demand, fetches nothing."""
+    tar = tars.directory(b"usr") + tars.file(b"usr/noise", os.urandom(8 * MIB)) + tars.END
+    layer = scene.layout.layer(tar, "none")
+    scene.layout.image("v1", [layer])
+    scene.daemon.settings('verity = "opportunistic"\nminimum-free = 60\n')
+    await scene.client.manager("Reload")
+    message = await scene.refused(ErrorName.NO_SPACE)
+    needed, free = (int(number) for number in re.findall(r"(?:least|where) (\d+)", message))
+    assert layer.descriptor["size"] < needed < layer.descriptor["size"] + 4096
+    assert 56 * MIB < free < 64 * MIB
+    assert f"{60 * MIB} are to stay so (minimum-free)" in message
+    assert list(scene.host.repository.glob("objects/*/*")) == []
+    scene.daemon.settings('verity = "opportunistic"\nminimum-free = 40\n')
+    await scene.client.manager("Reload")
+    await scene.works()
+    # What is there already takes nothing more.
+    scene.daemon.settings('verity = "opportunistic"\nminimum-free = 63\n')
+    await scene.client.manager("Reload")
     await scene.works()
 
 

@@ -12,7 +12,10 @@ from hostimage_testing.hosts import Era
 from hostimage_testing.judge import Judge
 from hostimage_testing.lives import Life, installed, upgraded
 from hostimage_testing.os_images import OsImage
+from hostimaged.composefs import fsverity
+from hostimaged.composefs.fsverity import Algorithm
 from hostimaged.composefs.repository import Repository
+from hostimaged.composefs.splitstream import ContentType
 from hostimaged.host.damage import Verification, verification_of
 from hostimaged.host.repair import Repair, repair
 from hostimaged.ids import ManifestDigest, ObjectId, SourceDigest
@@ -115,3 +118,35 @@ def test_what_was_never_tagged_is_named(recorded: Recorded) -> None:
     done = repaired(paths)
     assert not done.ok
     assert [left.breaks.deployments for left in done.left] == [(life.booted.id,)]
+
+
+@pytest.mark.parametrize("what", ["etc", "kernel"])
+def test_copies_on_the_host_serve(recorded: Recorded, cfsctl: str, what: str) -> None:
+    """What the loader or ``/etc`` has of an image is taken from there, if it is still as it was."""
+    life = recorded(upgraded)
+    paths = HostPaths.scratch(life.host.root)
+    image = life.booted.image
+    content = b"[Service]\n" * 20 if what == "etc" else image.recipe.linux
+    lost = fsverity.digest(Algorithm.SHA512, content)
+    if what == "etc":
+        life.host.state(life.booted).joinpath("etc/service.d/copy.conf").write_bytes(content)
+        with Repository.open(paths.repository) as repository:
+            assert repository.store_object(content).id == lost
+            with repository.new_stream(ContentType.BLOB) as writer:
+                writer.external(lost, len(content))
+                repository.write_stream("test", writer, "test")
+    flip(object_of(life, lost))
+    done = repaired(paths)
+    assert done.ok, done.lines()
+    assert done.size == 0
+    assert object_of(life, lost).read_bytes() == content
+    check(life, cfsctl)
+    # A change to the copy does not reach what was repaired, and is none to repair with.
+    for path in life.host.root.rglob("*"):
+        if path.is_file() and not path.is_symlink() and "composefs" not in path.parts:
+            data = path.read_bytes()
+            if data == content:
+                path.write_bytes(b"changed" * 20)
+    assert object_of(life, lost).read_bytes() == content
+    flip(object_of(life, lost))
+    assert not repaired(paths).ok

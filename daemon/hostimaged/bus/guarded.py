@@ -124,6 +124,7 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         "expect_digest": options.get("expect-digest"),
         "verity": settings.verity,
         "sharing": options.get("sharing", "auto"),
+        "minimum_free": settings.minimum_free,
     } | accepting
     match request.member:
         case Member.CHECK:

@@ -16,10 +16,12 @@ from hostimaged.composefs import fsck
 from hostimaged.composefs.repository.repair import Harm, harm_of, protect_again, restored
 from hostimaged.errors import Cancelled, HostimageError, NoSpace, ReadOnly, printable
 from hostimaged.host import bootimage
+from hostimaged.host.copies import restore_from_files
 from hostimaged.host.damage import MAX_TOLD, Breakage
 from hostimaged.host.read import read_host
 from hostimaged.oci import images, pulls
 from hostimaged.oci.boot_refs import boot_refs, set_boot_refs
+from hostimaged.oci.local_layers import LocalLayers
 from hostimaged.oci.reference import ImageReference
 from hostimaged.oci.repair import ImageRepair, ImageRepairer, references_of, with_digest
 from hostimaged.progress import Phase
@@ -103,6 +105,7 @@ class Repair:
                         "source": image.source,
                         "layers": image.layers,
                         "bytes": image.size,
+                        "local": image.local,
                         "problem": image.problem,
                     }
                     for image in self.images[:MAX_TOLD]
@@ -123,8 +126,11 @@ def _image_line(image: ImageRepair, *, dry_run: bool) -> str:
     if image.problem:
         return f"  image {name}: {image.problem}"
     if not image.source:
-        return f"  image {name}: {'to be ' if dry_run else ''}completed from what is stored"
+        where = ", ".join(["what is stored", *image.local])
+        return f"  image {name}: {'to be ' if dry_run else ''}completed from {where}"
     what = f"{len(image.layers)} layers, {image.size} bytes, " if image.layers else ""
+    if dry_run and what:
+        what = f"at most {what}"
     return f"  image {name}: {what}{'to be fetched' if dry_run else 'fetched'} from {image.source}"
 
 
@@ -165,7 +171,8 @@ class _Repairing:
         self._repository = repository
         self._reporter = reporter
         self._dry_run = dry_run
-        self._deployments = read_host(paths, repository).deployments
+        self._state = read_host(paths, repository)
+        self._deployments = self._state.deployments
         try:
             self._pulls = pulls.load(paths.pulls)
         except HostimageError as error:
@@ -184,8 +191,14 @@ class _Repairing:
             for id_ in sorted(harm.damaged):
                 protect_again(repository, id_)
                 reporter.at("repair.protected")
+            copied = restore_from_files(self._paths, repository, self._state, harm.objects, reporter)
+            if copied:
+                reporter.message(f"{copied} objects were found in files of deployments")
         configs = self._configurations()
-        done = ImageRepairer(self._paths, repository, self._references, reporter, dry_run=self._dry_run).run()
+        with LocalLayers(self._known_references(), [self._paths.containers.storage], reporter) as local:
+            done = ImageRepairer(
+                self._paths, repository, self._references, local, reporter, dry_run=self._dry_run
+            ).run()
         reporter.at("repair.images")
         problems: dict[str, str] = {}
         if self._dry_run:
@@ -220,6 +233,17 @@ class _Repairing:
             except HostimageError:
                 continue
             found |= dict.fromkeys(with_digest(reference, str(digest)))
+        return list(found)
+
+    def _known_references(self) -> Sequence[ImageReference]:
+        """Where any image came from, the newest first."""
+        texts = [row.reference for row in reversed(self._pulls)]
+        origins = [row.origin.reference for row in self._deployments if row.origin is not None]
+        texts += [origin.image_text for origin in origins if origin is not None]
+        found: dict[ImageReference, None] = {}
+        for text in texts:
+            with suppress(HostimageError):
+                found[ImageReference.parse(text)] = None
         return list(found)
 
     def _configurations(self) -> dict[str, ObjectId]:

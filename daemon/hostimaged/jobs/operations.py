@@ -124,12 +124,13 @@ class _OfImage(_Operation):
 
 
 class _Fetch(_OfImage):
-    """Fetch the image ``reference`` into the repository."""
+    """Fetch the image ``reference`` into the repository, if ``minimum_free`` MiB stay free."""
 
     expect_digest: str | None = Field(default=None, max_length=128)
     verity: Literal["require", "opportunistic"] = "require"
     sharing: Literal["copy", "auto", "require"] = "auto"
     retry_failed: bool = False
+    minimum_free: int = Field(default=0, ge=0)
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property

@@ -40,6 +40,7 @@ def pull(
             signed=demands_signature(paths, reference),
             sharing=Sharing(operation.sharing),
             accept=lambda digest: failedboots.refuse(failed, digest),
+            minimum_free=operation.minimum_free << 20,
         )
     finally:
         # A failure here must not hide the outcome; the daemon scans again if it was told nothing.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
-    from hostimaged.oci.source import ImageSource
+    from hostimaged.oci.source import BlobSource
     from hostimaged.progress import Phase, Reporter
 
 #: Named points of ``Reporter.at``: a layer is about to be named (``layer_import``), and one is stored.
@@ -124,7 +124,7 @@ def stored_layer(repository: Repository, plan: LayerPlan) -> ObjectId | None:
 
 def fetch_layers(
     repository: Repository,
-    source: ImageSource,
+    source: BlobSource,
     plans: Sequence[LayerPlan],
     reporter: StoppableReporter,
     kept: KeptEntries | None = None,
@@ -212,7 +212,7 @@ class Tally:
 
 def _fetch(
     repository: Repository,
-    source: ImageSource,
+    source: BlobSource,
     plan: LayerPlan,
     reporter: StoppableReporter,
     store: StorePool,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
+    from hostimaged.ids import OciDigest
     from hostimaged.oci.reference import ImageReference
 
 _CHUNK: Final = 256 * 1024
@@ -53,12 +54,12 @@ _ARCHITECTURES: Final = {
 _VARIANTS: Final = {"arm64": ("v8",), "arm": ("v7", "v6", "v5")}
 
 
-class LayoutSource:
-    """An image in a layout directory, as an ``ImageSource``.
+class LayoutBlobs:
+    """The blobs of a layout directory, whatever images are in it; ``reference`` says which, and is named in
+    errors.
 
-    Opening resolves the name to one manifest for this machine. ``needs_conversion`` says that it is in
-    docker's format, which this reader does not serve. Blobs are looked up beneath the directory by their
-    digests alone.
+    Blobs are looked up beneath the directory by their digests alone. Raises ``ImageNotFound`` or
+    ``StorageError``.
     """
 
     def __init__(self, reference: ImageReference) -> None:
@@ -70,29 +71,25 @@ class LayoutSource:
             raise ImageNotFound(f"{reference}: there is no directory {reference.path}") from None
         except OSError as error:
             raise from_os_error(error, f"{reference}: opening the image layout") from None
-        try:
-            self._manifest = self._resolve()
-        except BaseException:
-            self.close()
-            raise
-        self.needs_conversion = self._manifest.media_type != MANIFEST_TYPE
-
-    def manifest(self) -> FetchedManifest:
-        """The manifest for this machine."""
-        raw = self._read(self._manifest, MAX_MANIFEST, "manifest")
-        return FetchedManifest(raw, self._manifest.as_digest(SourceDigest))
-
-    def config(self, descriptor: Descriptor) -> bytes:
-        """The configuration, verified."""
-        return self._read(descriptor, MAX_CONFIG, "image configuration")
 
     @contextmanager
     def blob(self, descriptor: Descriptor) -> Iterator[Iterator[bytes]]:
         """The bytes of a blob, verified by the end of the iteration."""
-        fd = self._open(descriptor, "layer")
+        fd = self._open(descriptor.as_digest(BlobDigest), "layer")
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield verified(_pieces(fd), descriptor, "layer")
+        finally:
+            os.close(fd)
+
+    def document(self, digest: OciDigest, limit: int) -> bytes:
+        """A blob of at most ``limit`` bytes that nothing is known of but its digest; not verified.
+
+        Raises ``UnsupportedImage`` for a larger one.
+        """
+        fd = self._open(BlobDigest(str(digest)), "document")
+        try:
+            return _bounded(fd, limit, f"{self._reference}: document {digest}")
         finally:
             os.close(fd)
 
@@ -109,6 +106,42 @@ class LayoutSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open(self, digest: BlobDigest, what: str) -> int:
+        try:
+            # Beneath the layout, the blob is named by hex digits only; a link in its place is not followed.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.open(f"blobs/sha256/{digest.hex}", flags, dir_fd=self._directory)
+        except FileNotFoundError:
+            raise ImageNotFound(f"{self._reference}: {what} {digest} is missing from the layout") from None
+        except OSError as error:
+            raise from_os_error(error, f"{self._reference}: opening {what} {digest}") from None
+
+
+class LayoutSource(LayoutBlobs):
+    """An image in a layout directory, as an ``ImageSource``.
+
+    Opening resolves the name to one manifest for this machine. ``needs_conversion`` says that it is in
+    docker's format, which this reader does not serve.
+    """
+
+    def __init__(self, reference: ImageReference) -> None:
+        super().__init__(reference)
+        try:
+            self._manifest = self._resolve()
+        except BaseException:
+            self.close()
+            raise
+        self.needs_conversion = self._manifest.media_type != MANIFEST_TYPE
+
+    def manifest(self) -> FetchedManifest:
+        """The manifest for this machine."""
+        raw = self._read(self._manifest, MAX_MANIFEST, "manifest")
+        return FetchedManifest(raw, self._manifest.as_digest(SourceDigest))
+
+    def config(self, descriptor: Descriptor) -> bytes:
+        """The configuration, verified."""
+        return self._read(descriptor, MAX_CONFIG, "image configuration")
 
     def _resolve(self) -> Descriptor:
         index = self._index()
@@ -167,21 +200,10 @@ class LayoutSource:
             raise ImageNotFound(f"{self._reference}: the list has no image for {machine}")
         return self._usable(best[1])
 
-    def _open(self, descriptor: Descriptor, what: str) -> int:
-        digest = descriptor.as_digest(BlobDigest)
-        try:
-            # Beneath the layout, the blob is named by hex digits only; a link in its place is not followed.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            return os.open(f"blobs/sha256/{digest.hex}", flags, dir_fd=self._directory)
-        except FileNotFoundError:
-            raise ImageNotFound(f"{self._reference}: {what} {digest} is missing from the layout") from None
-        except OSError as error:
-            raise from_os_error(error, f"{self._reference}: opening {what} {digest}") from None
-
     def _read(self, descriptor: Descriptor, limit: int, what: str) -> bytes:
         if descriptor.size > limit:
             raise UnsupportedImage(f"{self._reference}: {what} is larger than {limit} bytes")
-        fd = self._open(descriptor, what)
+        fd = self._open(descriptor.as_digest(BlobDigest), what)
         try:
             return b"".join(verified(_pieces(fd), descriptor, what))
         finally:

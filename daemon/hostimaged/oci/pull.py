@@ -126,6 +126,7 @@ def pull_image(
     signed: bool = False,
     sharing: Sharing = Sharing.AUTO,
     accept: Callable[[ManifestDigest], None] | None = None,
+    minimum_free: int = 0,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -136,6 +137,8 @@ def pull_image(
     that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
     the signature policy has to demand a signature of the image. ``sharing``: how files of containers-storage
     become objects. ``accept`` is asked before anything is fetched of an image, and may raise.
+    ``minimum_free``: bytes that are to stay free; a pull that is known to leave less is refused before anything
+    of it is fetched.
 
     Raises ``SharingImpossible`` where they would have to be copied and must not be;
     ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
@@ -159,7 +162,7 @@ def pull_image(
             with open_source(
                 reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
             ) as source:
-                pull = _Pull(repository, reference, stoppable, sharing)
+                pull = _Pull(repository, reference, stoppable, sharing, minimum_free)
                 image, layers_found = pull.fetch(source, expect_digest, accept)
             result = pull.commit(image, layers_found)
         _record(paths, result, stoppable)
@@ -207,11 +210,13 @@ class _Pull:
         reference: ImageReference,
         reporter: StoppableReporter,
         sharing: Sharing,
+        minimum_free: int,
     ) -> None:
         self._repository = repository
         self._reference = reference
         self._reporter = reporter
         self._sharing = sharing
+        self._minimum_free = minimum_free
         self._tally = Tally()
         # A layer that was just imported need not be read back.
         self._kept: KeptEntries | None = None
@@ -321,9 +326,11 @@ class _Pull:
         except OSError as error:
             raise from_os_error(error, f"cannot look at the repository at {path}") from error
         free = status.f_bavail * status.f_frsize
-        if missing > free:
+        if missing and missing + self._minimum_free > free:
+            rest = f", and {self._minimum_free} are to stay so (minimum-free)" if self._minimum_free else ""
             raise NoSpace(
-                f"{self._reference} needs at least {missing} bytes more in {path}, where {free} are free"
+                f"{self._reference} needs at least {missing} bytes more in {path}, "
+                f"where {free} are free{rest}"
             )
 
     def _result(self, image: _Resolved, commitment: Commit) -> PullResult:

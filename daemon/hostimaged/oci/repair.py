@@ -2,13 +2,15 @@
 
 The caller holds the repository's shared lock, and has distrusted the damaged objects: everything that reads
 takes them for missing. So an image is repaired by the steps of a pull, of which those do something whose
-result is missing: manifest and configuration, each layer of which anything is missing, EROFS images. All
+result is missing: manifest and configuration, of each layer what is missing of it, EROFS images. All
 bytes are verified against the digests that the image has always had, wherever they come from; a damaged file
 stays until its replacement takes its name. Stopped anywhere, nothing is worse than before, and the next
 repair goes on.
 
 An image is completed without its source as far as that goes: EROFS images are made of the layers that are
-there. Images made for booting are the business of ``hostimaged.host.repair``.
+there, and what other stores of this machine have is taken from them (``local_layers``). From the source only
+layers are fetched of which something is missing, and no more of them than up to the last content that is
+(``layer_repair``). Images made for booting are the business of ``hostimaged.host.repair``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import (
     Cancelled,
     CorruptRepository,
@@ -26,15 +29,17 @@ from hostimaged.errors import (
     NoSpace,
     PreconditionFailed,
     ReadOnly,
+    UnsupportedImage,
     VerityMismatch,
 )
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import images
 from hostimaged.oci.commit import Commit, Contents
+from hostimaged.oci.layer_repair import fill_from_blob, find_gap, restore_contents
 from hostimaged.oci.layers import StoppableReporter, fetch_layers, plan_layers, stored_layer
-from hostimaged.oci.models import parse_config, parse_manifest
+from hostimaged.oci.models import MAX_CONFIG, MAX_MANIFEST, parse_config, parse_manifest
 from hostimaged.oci.reference import ImageReference, Transport
-from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
+from hostimaged.oci.source import DEFAULT_PATIENCE, UnpackedSource, open_source
 from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
@@ -42,8 +47,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from hostimaged.composefs.repository import Repository
-    from hostimaged.ids import ConfigDigest, DiffId, ObjectId
+    from hostimaged.ids import ConfigDigest, DiffId, ObjectId, OciDigest
+    from hostimaged.oci.layer_repair import Gap
     from hostimaged.oci.layers import LayerPlan
+    from hostimaged.oci.local_layers import LocalLayers
     from hostimaged.oci.models import ImageConfig, Manifest
     from hostimaged.oci.pulls import PullRow
     from hostimaged.oci.source import ImageSource, Patience
@@ -63,9 +70,11 @@ class ImageRepair:
     """What was done for one image, or in a dry run would be."""
 
     manifest_digest: ManifestDigest
-    #: Layers fetched, by diff_id, and the bytes of all that was fetched.
+    #: Layers fetched, by diff_id, be it in part, and the bytes of all that was fetched; in a dry run at most.
     layers: list[str] = field(default_factory=list)
     size: int = 0
+    #: Other stores of this machine that had something of it.
+    local: list[str] = field(default_factory=list)
     #: Where from; "" if nothing had to be fetched.
     source: str = ""
     #: What stood in the way; "" if nothing did.
@@ -103,8 +112,8 @@ def with_digest(reference: ImageReference, digest: str) -> list[ImageReference]:
 class ImageRepairer:
     """Completes the images of a repository one by one.
 
-    ``references`` tells where a manifest can be had; what it gives is tried in its order. With ``dry_run``
-    nothing is written or fetched, and no source is asked.
+    ``references`` tells where a manifest can be had; what it gives is tried in its order, after ``local``.
+    With ``dry_run`` nothing is written or fetched, and no source is asked.
     """
 
     def __init__(
@@ -112,6 +121,7 @@ class ImageRepairer:
         paths: HostPaths,
         repository: Repository,
         references: Callable[[ManifestDigest], Sequence[ImageReference]],
+        local: LocalLayers,
         reporter: Reporter,
         *,
         dry_run: bool = False,
@@ -120,6 +130,7 @@ class ImageRepairer:
         self._paths = paths
         self._repository = repository
         self._references = references
+        self._local = local
         self._reporter = reporter
         self._dry_run = dry_run
         self._patience = patience
@@ -197,26 +208,60 @@ class ImageRepairer:
 
     def _complete(self, outcome: ImageRepair, source: ImageSource | None) -> None:
         """All steps; raises ``_SourceNeeded`` if something is missing and there is no ``source``."""
-        repository, digest = self._repository, outcome.manifest_digest
         outcome.layers.clear()
         outcome.size = 0
-        raw_manifest = self._manifest(digest, source)
+        raw_manifest = self._manifest(outcome.manifest_digest, source)
         manifest = parse_manifest(raw_manifest)
         raw_config = self._config(manifest, source, outcome)
         config = parse_config(raw_config) if manifest.is_container else None
         plans = plan_layers(manifest, config)
-        found, missing = self._layers(plans)
+        gaps = self._gaps(plans, outcome, local=source is None and not self._dry_run)
         self._reporter.at("repair.resolved")
-        if missing:
-            outcome.layers += [str(plan.id) for plan in missing]
-            outcome.size += sum(plan.descriptor.size for plan in missing)
+        if gaps:
+            outcome.layers += [str(gap.plan.id) for gap in gaps]
             if source is None:
+                outcome.size += sum(gap.plan.descriptor.size for gap in gaps)
                 raise _SourceNeeded(f"layers are damaged: {', '.join(outcome.layers)}")
             self._reporter.phase(Phase.PULLING)
-            found |= fetch_layers(repository, source, missing, StoppableReporter(self._reporter))
+            self._fetch(gaps, source, outcome)
         self._reporter.at("repair.layers")
         if not self._dry_run:
-            self._store(manifest, raw_manifest, raw_config, plans, found, config)
+            self._store(manifest, raw_manifest, raw_config, plans, self._layers(plans), config)
+
+    def _gaps(self, plans: Sequence[LayerPlan], outcome: ImageRepair, *, local: bool) -> list[Gap]:
+        """What is missing of the layers, each once; if ``local``, after what this machine has is put back."""
+        gaps = []
+        for plan in {plan.id: plan for plan in plans}.values():
+            gap = find_gap(self._repository, plan)
+            if gap is None:
+                continue
+            place = self._local.fill(self._repository, gap) if local else ""
+            if not place:
+                gaps.append(gap)
+            elif place not in outcome.local:
+                outcome.local.append(place)
+        return gaps
+
+    def _fetch(self, gaps: Sequence[Gap], source: ImageSource, outcome: ImageRepair) -> None:
+        """Get what is missing of layers from the source of the image."""
+        repository = self._repository
+        whole = []
+        for gap in gaps:
+            if not gap.is_partial or gap.plan.content_type is not ContentType.LAYER:
+                whole.append(gap.plan)
+                continue
+            try:
+                if isinstance(source, UnpackedSource):
+                    with source.unpacked(gap.plan.id) as layer:
+                        restore_contents(repository, gap, layer.parts, self._reporter, files=True)
+                else:
+                    outcome.size += fill_from_blob(repository, source, gap, self._reporter)
+                self._reporter.at("layer.stored")
+            except (UnsupportedImage, VerityMismatch):
+                # The name leads to the stream of another layer.
+                whole.append(gap.plan)
+        outcome.size += sum(plan.descriptor.size for plan in whole)
+        fetch_layers(repository, source, whole, StoppableReporter(self._reporter))
 
     def _store(
         self,
@@ -244,8 +289,9 @@ class ImageRepairer:
         with suppress(*_DAMAGE):
             return images.read_manifest(self._repository, digest).raw
         if source is None:
-            raise _SourceNeeded(f"manifest {digest} is damaged")
-        raw = source.manifest().raw
+            raw = self._document(digest, MAX_MANIFEST, f"manifest {digest} is damaged")
+        else:
+            raw = source.manifest().raw
         actual = ManifestDigest.of_hash(hashlib.sha256(raw).hexdigest())
         if actual != digest:
             raise PreconditionFailed(f"the source has another image by now, with the manifest {actual}")
@@ -258,20 +304,26 @@ class ImageRepairer:
         with suppress(*_DAMAGE):
             return images.read_config(self._repository, digest).raw
         if source is None:
-            raise _SourceNeeded(f"configuration {digest} is damaged")
-        raw = source.config(manifest.config)
-        outcome.size += len(raw)
+            raw = self._document(digest, MAX_CONFIG, f"configuration {digest} is damaged")
+        else:
+            raw = source.config(manifest.config)
+            outcome.size += len(raw)
         self._repository.store_object(raw)
         return raw
 
-    def _layers(self, plans: Sequence[LayerPlan]) -> tuple[dict[DiffId, ObjectId], list[LayerPlan]]:
-        """Stream ids of the layers that are whole, and the others, each once."""
+    def _document(self, digest: OciDigest, limit: int, damage: str) -> bytes:
+        """A manifest or configuration out of another store of this machine."""
+        raw = None if self._dry_run else self._local.document(digest, limit)
+        if raw is None:
+            raise _SourceNeeded(damage)
+        return raw
+
+    def _layers(self, plans: Sequence[LayerPlan]) -> dict[DiffId, ObjectId]:
+        """Stream ids of the layers, all of which are whole by now."""
         found: dict[DiffId, ObjectId] = {}
-        missing: dict[DiffId, LayerPlan] = {}
         for plan in plans:
             id_ = stored_layer(self._repository, plan)
             if id_ is None:
-                missing[plan.id] = plan
-            else:
-                found[plan.id] = id_
-        return found, list(missing.values())
+                raise CorruptRepository(f"layer {plan.id} is damaged still")
+            found[plan.id] = id_
+        return found

@@ -51,7 +51,18 @@ class FetchedManifest:
     source_digest: SourceDigest
 
 
-class ImageSource(Protocol):
+class BlobSource(Protocol):
+    """Where blobs can be had. They may be read side by side, from several threads."""
+
+    def blob(self, descriptor: Descriptor) -> AbstractContextManager[Iterator[bytes]]:
+        """The bytes of a blob, as transferred, in pieces of up to 1 MiB.
+
+        The iteration ends normally only if size and digest are the descriptor's, and raises
+        ``DigestMismatch`` otherwise. Leaving the context early abandons the transfer.
+        """
+
+
+class ImageSource(BlobSource, Protocol):
     """One opened image. Methods may be called from several threads, and blobs read side by side."""
 
     def manifest(self) -> FetchedManifest:
@@ -61,13 +72,6 @@ class ImageSource(Protocol):
         """The configuration that the manifest names, at most ``models.MAX_CONFIG`` bytes.
 
         Raises ``DigestMismatch`` unless its bytes have the descriptor's digest and size.
-        """
-
-    def blob(self, descriptor: Descriptor) -> AbstractContextManager[Iterator[bytes]]:
-        """The bytes of a blob, as transferred, in pieces of up to 1 MiB.
-
-        The iteration ends normally only if size and digest are the descriptor's, and raises
-        ``DigestMismatch`` otherwise. Leaving the context early abandons the transfer.
         """
 
     def close(self) -> None:

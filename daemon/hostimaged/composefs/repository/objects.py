@@ -333,9 +333,15 @@ class ObjectWriter:
         except OSError as error:
             raise from_os_error(error, _DOING) from error
 
-    def commit(self) -> Stored:
-        """Make what was written an object. Ends the writing."""
-        return self._store.commit(self._new, self._hasher.finish(), self._hasher.size)
+    def commit(self, expected: ObjectId | None = None) -> Stored:
+        """Make what was written an object. Ends the writing.
+
+        Raises ``VerityMismatch``, and stores nothing, if another one than ``expected`` would come of it.
+        """
+        id_ = self._hasher.finish()
+        if expected is not None and id_ != expected:
+            raise VerityMismatch(f"what should be object {expected.hex()} has the digest {id_.hex()}")
+        return self._store.commit(self._new, id_, self._hasher.size)
 
     def close(self) -> None:
         """Drop what was not committed. Twice is harmless."""
