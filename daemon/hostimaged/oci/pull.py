@@ -137,8 +137,8 @@ def pull_image(
     that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
     the signature policy has to demand a signature of the image. ``sharing``: how files of containers-storage
     become objects. ``accept`` is asked before anything is fetched of an image, and may raise.
-    ``minimum_free``: bytes that are to stay free; a pull that is known to leave less is refused before anything
-    of it is fetched.
+    ``minimum_free``: bytes that are to stay free; a pull that is known to leave less is refused before
+    anything of it is fetched.
 
     Raises ``SharingImpossible`` where they would have to be copied and must not be;
     ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
