@@ -72,12 +72,7 @@ class Watch:
 
     async def run(self) -> None:
         """Follow it, until cancelled or the bus is gone."""
-        try:
-            await self._properties.run()
-        except BusClosed:
-            return
-        except BusError as error:
-            _logger.warning("condition.unknown", reason=self._condition.reason, error=error.name)
+        await self._properties.run()
 
     async def _take(self, owner: str) -> None:
         condition = self._condition

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.names import PROPERTIES_INTERFACE
 from hostimage_dbus.transport import BUS, BUS_PATH, BusClosed, BusError, Variant
+from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 TIMEOUT: Final = 10.0
 #: Seconds between two looks, so that a service that changes its mind all the time costs little.
 _PAUSE: Final = 0.2
+
+_logger = get_logger("hostimaged.jobs")
 
 
 class PropertyWatch:
@@ -46,28 +49,35 @@ class PropertyWatch:
         self._news = asyncio.Event()
 
     async def run(self) -> None:
-        """Follow it until cancelled. Raises ``BusClosed`` when the bus is gone, and what ``look`` raises."""
+        """Follow it until cancelled, or the bus is gone."""
         unsubscribe = self._connection.on_signal(self._heard)
         try:
-            for interface in self._interfaces:
-                await self._connection.add_match(
-                    f"type='signal',sender='{self._name}',path='{self._path}',"
-                    f"interface='{PROPERTIES_INTERFACE}',member='PropertiesChanged',arg0='{interface}'"
-                )
-            await self._connection.add_match(
-                f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{self._name}'"
-            )
-            found = await self._find_owner()
-            if self._owner is None:
-                # What signals told since is newer.
-                self._owner = found
-            while True:
-                self._news.clear()
-                await self._look(self._owner)
-                await asyncio.sleep(_PAUSE)
-                await self._news.wait()
+            await self._follow()
+        except BusClosed:
+            return
+        except BusError as error:
+            _logger.warning("properties.unknown", service=self._name, error=error.name)
         finally:
             unsubscribe()
+
+    async def _follow(self) -> None:
+        for interface in self._interfaces:
+            await self._connection.add_match(
+                f"type='signal',sender='{self._name}',path='{self._path}',"
+                f"interface='{PROPERTIES_INTERFACE}',member='PropertiesChanged',arg0='{interface}'"
+            )
+        await self._connection.add_match(
+            f"type='signal',sender='{BUS}',interface='{BUS}',member='NameOwnerChanged',arg0='{self._name}'"
+        )
+        found = await self._find_owner()
+        if self._owner is None:
+            # What signals told since is newer.
+            self._owner = found
+        while True:
+            self._news.clear()
+            await self._look(self._owner)
+            await asyncio.sleep(_PAUSE)
+            await self._news.wait()
 
     async def get(self, owner: str, interface: str, member: str) -> Variant | None:
         """The value of a property; None for an answer that is none. Raises ``BusError``."""

@@ -45,12 +45,7 @@ class TimerWatch:
 
     async def run(self) -> None:
         """Follow it, until cancelled or the bus is gone."""
-        try:
-            await self._properties.run()
-        except BusClosed:
-            return
-        except BusError as error:
-            _logger.warning("timer.unknown", error=error.name)
+        await self._properties.run()
 
     async def _take(self, owner: str) -> None:
         due = 0
