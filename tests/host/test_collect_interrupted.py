@@ -18,14 +18,16 @@ from bootc_model import Bootc
 
 from hostimage_testing.collecting import DAY, age, collected, objects, told
 from hostimage_testing.disk import EXPECTED, Crash, Disk
+from hostimage_testing.explained import unexplained
 from hostimage_testing.hosts import KINDS, Kind
 from hostimage_testing.judge import Judge
-from hostimage_testing.lives import Life, staged
+from hostimage_testing.lives import Life, staged, upgraded
 from hostimage_testing.operating import At, session
 from hostimage_testing.os_images import OsImage, Recipe
 from hostimaged.errors import Cancelled, HostimageError
 from hostimaged.host import reorder
 from hostimaged.host.collect import FAULT_POINTS, collect
+from hostimaged.ids import DeploymentId
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1200)]
@@ -213,3 +215,34 @@ def test_a_dry_run_after_a_crash_counts_what_is_interrupted_as_kept(recorded: Re
     assert "states" not in told(stood.life.host)
     assert objects(stood.life.host.repository) == before
     check(stood, cfsctl)
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2]], ids=str)
+def test_r15_after_a_deletion_killed_anywhere_a_collection_leaves_nothing_of_it(
+    recorded: Recorded, kind: Kind, cfsctl: str
+) -> None:
+    """The entry goes with the state, or both stay; nobody has recovered anything in between."""
+    number, gone = 0, 0
+    while True:
+        life = recorded(upgraded, kind)
+        host = life.host
+        assert life.rollback is not None
+        try:
+            with session(host, At(number)) as opened:
+                reorder.delete(opened, DeploymentId(life.rollback.id))
+        except Crash:
+            pass
+        else:
+            break
+        with session(host) as opened:
+            assert collect(opened)["result"] in ("collected", "nothing")
+        offered = {host.startable(line).id for line in host.menu()}
+        assert offered in ({life.booted.id}, {life.booted.id, life.rollback.id})
+        gone += life.rollback.id not in offered
+        assert host.state(life.rollback).exists() == (life.rollback.id in offered)
+        Judge(cfsctl, host.repository).check()
+        assert unexplained(host) == []
+        shutil.rmtree(host.root)
+        number += 1
+    assert number > 2
+    assert gone

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.composefs.repository import gc
+from hostimaged.composefs.repository import Repository, gc
 from hostimaged.composefs.repository.leftovers import remove_leftovers
 from hostimaged.errors import BootLoaderError, HostimageError
 from hostimaged.host import journal, recover, statedirs
@@ -22,6 +22,8 @@ from hostimaged.host.collectplan import Plan, Rules, make_plan
 from hostimaged.host.collectroots import find_roots
 from hostimaged.host.journal import MAX_DISCARDED, Operation, Transaction
 from hostimaged.host.menu import Menu, live_menu, staged_menu
+from hostimaged.host.read import read_host
+from hostimaged.host.session import optional_verity
 from hostimaged.host.tags import MadeTags, bootc_tag, image_ref, stream_ref, tag_deployment
 from hostimaged.oci.commit import finish_interrupted
 from hostimaged.progress import Phase
@@ -29,7 +31,6 @@ from hostimaged.progress import Phase
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from hostimaged.composefs.repository import Repository
     from hostimaged.composefs.repository.gc import GcResult, Marked
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
@@ -104,6 +105,35 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
         session.paths.collection_due.unlink(missing_ok=True)
     session.steady().reporter.at("collect.done")
     return _result(plan, marked, swept) | made
+
+
+def make_room(
+    paths: HostPaths,
+    rules: Rules = _NO_RULES,
+    *,
+    now: int,
+    lock_timeout: float,
+    reporter: Reporter,
+) -> int:
+    """Remove objects that nothing keeps, and write nothing at all: bytes of what went.
+
+    For a disk without the room to collect in good order, which begins with what stays. In doubt, or where
+    there is damage, nothing goes. Raises ``LockTimeout``, ``ReadOnly`` and ``StorageError``.
+    """
+    with Repository.open(
+        paths.repository,
+        exclusive=True,
+        lock_timeout=lock_timeout,
+        insecure=optional_verity(paths),
+        check=lambda: reporter.at("host.locking"),
+    ) as repository:
+        plan = make_plan(paths, repository, read_host(paths, repository), rules, now=now)
+        if plan.roots.doubts:
+            return 0
+        marked = gc.mark(repository, roots=plan.root_names, reporter=reporter)
+        if marked.damage:
+            return 0
+        return gc.sweep(repository, marked, dry_run=False, reporter=reporter).objects_bytes
 
 
 def dry_run(

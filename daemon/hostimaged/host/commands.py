@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.loader import Bootloader
 from hostimaged.composefs.repository import RepositoryMissing, Verity
-from hostimaged.errors import HostimageError, from_os_error
+from hostimaged.errors import HostimageError, NoSpace, ReadOnly, from_os_error
 from hostimaged.host import softreboot
 from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.session import DEFAULT_LOCK_TIMEOUT, open_session
+from hostimaged.host.space import with_places
 from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Phase, Silent
@@ -66,7 +67,7 @@ def finalize_main(argv: Sequence[str]) -> int:
     _add_lock_timeout(parser, FINALIZE_LOCK_TIMEOUT)
     arguments = parser.parse_args(argv)
     paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
-    return _told(lambda: _finalize(paths, arguments.lock_timeout))
+    return _told(paths, lambda: _finalize(paths, arguments.lock_timeout))
 
 
 def _add_lock_timeout(parser: argparse.ArgumentParser, default: float) -> None:
@@ -129,7 +130,7 @@ def boot_check_main(argv: Sequence[str]) -> int:
     parser.add_argument("--root", type=Path, metavar="DIR", help="a host made of plain files below DIR")
     arguments = parser.parse_args(argv)
     paths = HostPaths.live() if arguments.root is None else HostPaths.scratch(arguments.root)
-    return _told(lambda: _boot_check(paths))
+    return _told(paths, lambda: _boot_check(paths))
 
 
 def _boot_check(paths: HostPaths) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def deploy_main(argv: Sequence[str]) -> int:
     parser.add_argument("--esp-uuid", default="", metavar="UUID", help="of the ESP, for GRUB with UKIs")
     arguments = parser.parse_args(argv)
     paths = _target(parser, arguments)
-    return _told(lambda: _deploy(paths, arguments))
+    return _told(paths, lambda: _deploy(paths, arguments))
 
 
 def _target(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> HostPaths:
@@ -263,9 +264,9 @@ def collect_main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
     _add_lock_timeout(parser, DEFAULT_LOCK_TIMEOUT)
     arguments = parser.parse_args(argv)
-    return _told(
-        lambda: _collect(arguments, replace(rules, keep_pulled=arguments.keep_pulled)), tell=_tell_collected
-    )
+    rules = replace(rules, keep_pulled=arguments.keep_pulled)
+    paths = _collected(arguments)
+    return _told(paths, lambda: _collect(paths, arguments, rules), tell=_tell_collected)
 
 
 def _days(text: str) -> int:
@@ -275,14 +276,18 @@ def _days(text: str) -> int:
     raise argparse.ArgumentTypeError(f"not a number from 0 to {_MAX_DAYS}: {text!r}")
 
 
-def _collect(arguments: argparse.Namespace, rules: Rules) -> dict[str, Any]:
-    from hostimaged.host.offline import collect_offline, refuse_running
-
+def _collected(arguments: argparse.Namespace) -> HostPaths:
+    """The host to collect on."""
     sysroot = arguments.sysroot.absolute()
-    refuse_running(sysroot, HostPaths.live())
     boot = sysroot / "boot" if arguments.boot is None else arguments.boot.absolute()
     esp = boot / "efi" if arguments.esp is None else arguments.esp.absolute()
-    paths = HostPaths.target(sysroot, boot, esp)
+    return HostPaths.target(sysroot, boot, esp)
+
+
+def _collect(paths: HostPaths, arguments: argparse.Namespace, rules: Rules) -> dict[str, Any]:
+    from hostimaged.host.offline import collect_offline, refuse_running
+
+    refuse_running(paths.physical_root, HostPaths.live())
     if not arguments.dry_run:
         # Not before it is known to be the root of a host: nothing is left where there is none.
         if not paths.repository.is_dir():
@@ -309,10 +314,15 @@ def _tell(result: dict[str, Any]) -> None:
     print(" ".join(str(result[key]) for key in ("result", "deployment") if key in result))
 
 
-def _told(work: Callable[[], dict[str, Any]], tell: Callable[[dict[str, Any]], None] = _tell) -> int:
+def _told(
+    paths: HostPaths,
+    work: Callable[[], dict[str, Any]],
+    tell: Callable[[dict[str, Any]], None] = _tell,
+) -> int:
     try:
         result = work()
-    except HostimageError as error:
+    except HostimageError as failure:
+        error = with_places(failure, paths) if isinstance(failure, (NoSpace, ReadOnly)) else failure
         print(f"hostimaged: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"hostimaged: {error.hint}", file=sys.stderr)

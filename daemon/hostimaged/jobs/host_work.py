@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from hostimaged.errors import HostimageError, PreconditionFailed
+from hostimaged.errors import HostimageError, NoSpace, PreconditionFailed
 from hostimaged.ids import DeploymentId, ManifestDigest
 from hostimaged.jobs import work
 from hostimaged.progress import Phase, Silent
@@ -156,8 +156,7 @@ def collect(paths: HostPaths, operation: operations.Collect, channel: Channel) -
     rules = _rules(operation)
     try:
         if not operation.dry_run:
-            with _session(paths, channel, operation.lock_timeout) as session:
-                return collection.collect(session, rules)
+            return _collect(paths, operation, channel, rules)
         with _reading(paths, channel, operation.lock_timeout) as repository:
             found = collection.dry_run(
                 paths, repository, _state(paths, repository), rules, now=int(time.time()), reporter=channel
@@ -165,6 +164,27 @@ def collect(paths: HostPaths, operation: operations.Collect, channel: Channel) -
             return found | {"dry-run": True}
     except RepositoryMissing:
         return {"result": "nothing"}
+
+
+def _collect(
+    paths: HostPaths, operation: operations.Collect, channel: Channel, rules: Rules
+) -> dict[str, Any]:
+    """A real collection; on a full disk one that first of all makes the room it takes."""
+    from hostimaged.host import collect as collection
+
+    try:
+        with _session(paths, channel, operation.lock_timeout) as session:
+            return collection.collect(session, rules)
+    except NoSpace:
+        with channel.alone():
+            freed = collection.make_room(
+                paths, rules, now=int(time.time()), lock_timeout=operation.lock_timeout, reporter=channel
+            )
+        if not freed:
+            raise
+        channel.message(f"the disk was full: {freed} bytes that nothing needs went first")
+    with _session(paths, channel, operation.lock_timeout) as session:
+        return collection.collect(session, rules)
 
 
 def verify(paths: HostPaths, operation: operations.Verify, channel: Channel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hostimage_dbus.errors import ErrorName
-from hostimaged.errors import HostimageError, Internal, from_os_error
+from hostimaged.errors import HostimageError, Internal, NoSpace, ReadOnly, from_os_error
 from hostimaged.jobs.channel import Channel
 from hostimaged.jobs.operations import CAPABILITIES, Operation, Order, Profile
 from hostimaged.system import mounts, syscalls
@@ -132,8 +132,17 @@ def _with_esp(paths: HostPaths) -> HostPaths:
 
 
 def _run(order: Order, channel: Channel, work: Mapping[str, str], live: HostPaths) -> dict[str, Any] | None:
-    operation: Operation = order.operation
     paths = live if order.root is None else HostPaths.scratch(Path(order.root))
+    return perform(paths, order.operation, channel, work)
+
+
+def perform(
+    paths: HostPaths, operation: Operation, channel: Channel, work: Mapping[str, str] = WORK
+) -> dict[str, Any] | None:
+    """Do an operation on a host, under the job lock if it changes something; its result.
+
+    Raises what it raises; ``NoSpace`` and ``ReadOnly`` tell of the file systems of the host.
+    """
     module, _, function = work[operation.kind].partition(":")
     do: Work = getattr(import_module(module), function)
     lock = (
@@ -146,8 +155,13 @@ def _run(order: Order, channel: Channel, work: Mapping[str, str], live: HostPath
         if operation.changes
         else nullcontext()
     )
-    with lock:
-        return do(paths, operation, channel)
+    try:
+        with lock:
+            return do(paths, operation, channel)
+    except (NoSpace, ReadOnly) as error:
+        from hostimaged.host.space import with_places
+
+        raise with_places(error, paths) from error
 
 
 def _log_failure(error: BaseException) -> None:

@@ -134,8 +134,11 @@ class RecordedHost:
         self._make_root()
 
     def copy(self, root: Path) -> RecordedHost:
-        """The same host at another place. Images made for either come from the same layout."""
-        shutil.copytree(self.root, root, symlinks=True)
+        """The same host at another place. Images made for either come from the same layout.
+
+        Directories may be there already, as those that file systems are mounted on.
+        """
+        shutil.copytree(self.root, root, symlinks=True, dirs_exist_ok=True)
         other = copy.copy(self)
         other.root, other.sysroot, other.images = root, root / "sysroot", dict(self.images)
         other.repository = other.sysroot / "composefs"
