@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from hostimage_dbus.errors import EXIT_CODES, ErrorName
+from hostimage_testing import offline, tools
+from hostimage_testing.bootable import MATERIAL
 from hostimage_testing.emulator import Machine
+from hostimage_testing.guest_registry import GuestRegistry
+from hostimage_testing.guest_state import OFFERED, check_booted, deployment, offer, status
 from hostimage_testing.installed import Installed
+from hostimage_testing.intact import check_nothing_lost
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3000)]
 
@@ -18,84 +26,50 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(3000)]
 _MEASURE = """cd /sysroot/composefs/objects && find . -type f -print0 | xargs -0 fsverity measure |
 awk '{ name = $2; gsub("[./]", "", name); if ($1 != "sha512:" name) print; else right++ }
 END { print right + 0 }'"""
+_FLIP = """\
+import os, sys
+disk = os.open("/dev/vda2", os.O_RDWR)
+(byte,) = os.pread(disk, 1, int(sys.argv[1]))
+os.pwrite(disk, bytes([byte ^ 1]), int(sys.argv[1]))
+os.fsync(disk)
+"""
 
 
 @pytest.fixture
-def guest(tmp_path: Path, disks: Installed) -> Iterator[Machine]:
-    with Machine(tmp_path, disks.overlay(tmp_path), disks.images) as machine:
+def guest(tmp_path: Path, disks: Installed, registry: GuestRegistry) -> Iterator[Machine]:
+    with Machine(tmp_path, disks.overlay(tmp_path), disks.images, registry.network) as machine:
         yield machine
-
-
-def offer(guest: Machine, version: str) -> None:
-    """Let the tracked image be of this version, from now to the next boot."""
-    guest.shell("mkdir -p /run/images; mountpoint -q /run/images || mount -o ro /dev/vdb /run/images")
-    guest.run("ln", "-sfn", f"images/{version}", "/run/os")
-
-
-def status(guest: Machine) -> dict[str, Any]:
-    """What is told once the daemon, which the first call starts, has looked at all; it is slow here."""
-    while True:
-        found: dict[str, Any] = json.loads(guest.as_nobody("hostimagectl", "status", "--json").out)
-        if not any(problem["id"] == "scan" for problem in found["problems"]):
-            return found
-
-
-def deployment(guest: Machine, kind: str) -> dict[str, Any]:
-    (found,) = (each for each in status(guest)["deployments"] if each[kind])
-    return dict(found)
-
-
-def check_booted(guest: Machine, version: str) -> dict[str, Any]:
-    """The guest runs this version, as the kernel says and as our status says; gives the row of it."""
-    assert guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip() == "running"
-    row = deployment(guest, "booted")
-    assert (row["version"], row["verity"], row["default"]) == (version, "ok", True)
-    source, kind, options = guest.shell("findmnt --raw -no SOURCE,FSTYPE,OPTIONS /").out.split()
-    assert (source, kind) == (f"composefs:{row['id']}", "overlay")
-    assert {"ro", "verity=require"} <= set(options.split(","))
-    arguments = guest.run("cat", "/proc/cmdline").out.split()
-    assert [word for word in arguments if word.startswith("hostimage.version=")] == [
-        f"hostimage.version={version}"
-    ]
-    assert [word for word in arguments if word.startswith("composefs=")] == [f"composefs={row['id']}"]
-    assert {"rw", "console=ttyS0"} <= set(arguments)
-    assert guest.run("cat", "/usr/share/version").out.strip() == version
-    assert "as-expected" in guest.journal("--boot", "--unit=hostimaged-boot-check.service")
-    found = status(guest)
-    assert (found["problems"], found["host"]["bootloader"]) == ([], "systemd")
-    check_origin(guest, row)
-    return row
-
-
-def check_origin(guest: Machine, row: dict[str, Any]) -> None:
-    """The deployment says what image it is of, and a tag keeps that."""
-    origin = guest.run("cat", f"/sysroot/state/deploy/{row['id']}/{row['id']}.origin").out
-    assert f"manifest_digest={row['image-digest']}" in origin.replace(" ", "")
-    tags = guest.run("ls", "/sysroot/composefs/streams/refs/oci").out
-    assert f"bootc-{row['image-digest']}".replace(":", "%3A") in tags or row["image-digest"] in tags
 
 
 def files_of_boot(guest: Machine) -> str:
     return guest.shell("cd /efi && find . -type f | sort | xargs sha256sum; ls /run/composefs").out
 
 
-def test_install_update_and_roll_back(guest: Machine) -> None:
+def check_etc(guest: Machine, local: str, kept: str, version: str) -> None:
+    shown = guest.run("cat", "/etc/local", "/etc/motd", "/var/kept", "/etc/image-setting").out.split("\n")
+    assert shown[:4] == [local, "changed", kept, f"of {version}"]
+
+
+def test_install_update_and_roll_back(
+    guest: Machine, registry: GuestRegistry, tmp_path: Path, cfsctl: str
+) -> None:
     guest.start()
     first = check_booted(guest, "v1")
     assert int(guest.shell(_MEASURE).out.strip()) > 1000
     assert guest.as_nobody("hostimagectl", "upgrade", check=False).code != 0, "somebody with no session may"
-    offer(guest, "v2")
+    registry.offer("v2")
     guest.as_user("hostimagectl", "upgrade", limit=600)
     second = deployment(guest, "staged")
     assert second["version"] == "v2"
+    check_nothing_lost(guest)
 
     guest.shell("echo local >/etc/local; echo changed >/etc/motd; rm /etc/issue.net; echo kept >/var/kept")
     guest.reboot()
     assert check_booted(guest, "v2")["id"] == second["id"]
-    shown = guest.run("cat", "/etc/local", "/etc/motd", "/var/kept", "/etc/image-setting").out.split("\n")
-    assert shown[:4] == ["local", "changed", "kept", "of v2"]
+    check_etc(guest, "local", "kept", "v2")
     guest.run("test", "!", "-e", "/etc/issue.net")
     assert second["boot-digest"] == first["boot-digest"]
+    check_nothing_lost(guest)
 
     guest.shell("echo only here >/etc/local; echo kept on >/var/kept")
     refused = guest.as_user("hostimagectl", "rollback", check=False)
@@ -103,14 +77,89 @@ def test_install_update_and_roll_back(guest: Machine) -> None:
     guest.run("hostimagectl", "rollback")
     guest.reboot()
     assert check_booted(guest, "v1")["id"] == first["id"]
-    shown = guest.run("cat", "/etc/local", "/etc/motd", "/var/kept", "/etc/image-setting").out.split("\n")
-    assert shown[:4] == ["local", "changed", "kept on", "of v1"]
+    check_etc(guest, "local", "kept on", "v1")
 
     before = files_of_boot(guest)
-    offer(guest, "v3")
-    guest.as_user("hostimagectl", "upgrade", limit=600)
+    registry.offer("v3")
+    let_the_timer_fire(guest)
     third = deployment(guest, "staged")
-    assert third["boot-digest"] != first["boot-digest"]
+    assert (third["version"], third["boot-digest"] != first["boot-digest"]) == ("v3", True)
     guest.run("hostimagectl", "unstage")
     assert files_of_boot(guest) == before
     assert [each for each in status(guest)["deployments"] if each["staged"]] == []
+    check_nothing_lost(guest)
+
+    kernel = guest.run("uname", "-r").out.strip()
+    offer(guest, "v3")
+    guest.run("hostimagectl", "switch", f"oci:{OFFERED}:latest", limit=600)
+    guest.reboot()
+    assert check_booted(guest, "v3")["id"] == third["id"]
+    check_etc(guest, "local", "kept on", "v3")
+    assert guest.run("uname", "-r").out.strip() != kernel
+    check_nothing_lost(guest)
+
+    damage_and_repair(guest)
+    guest.shut_down()
+    check_by_others(cfsctl, tmp_path)
+
+
+def let_the_timer_fire(guest: Machine) -> None:
+    """A day passes, and the policy is to stage: what comes of it is staged by itself."""
+    guest.run("hostimagectl", "policy", "stage")
+    assert guest.run("systemctl", "is-active", "hostimaged-update.timer").out.strip() == "active"
+    guest.shell("date -s '29 hours'")
+    deadline = time.monotonic() + 900
+    while not [each for each in status(guest)["deployments"] if each["staged"]]:
+        assert time.monotonic() < deadline, guest.journal("--boot", "--unit=hostimaged-update.*")
+        time.sleep(5)
+    service = "hostimaged-update.service"
+    assert guest.run("systemctl", "show", "--value", "--property=TriggeredBy", service).out.split() == [
+        "hostimaged-update.timer"
+    ]
+    while guest.run("systemctl", "is-active", service, check=False).out.strip() == "activating":
+        assert time.monotonic() < deadline, guest.journal("--boot", "--unit=hostimaged-update.*")
+        time.sleep(5)
+    assert "success" in guest.run("systemctl", "show", "--property=Result", service).out
+    assert guest.run(
+        "systemctl", "show", "--value", "--property=LastTriggerUSec", "hostimaged-update.timer"
+    ).out.strip()
+
+
+def damage_and_repair(guest: Machine) -> None:
+    """One byte on the disk changes: the kernel does not give it out, we say where it is, and mend it."""
+    content = guest.run("sha256sum", f"/{MATERIAL}").out
+    digest = guest.run("fsverity", "digest", "--compact", "--hash-alg=sha512", f"/{MATERIAL}").out.strip()
+    name = f"{digest[:2]}/{digest[2:]}"
+    change_on_disk(guest, f"/sysroot/composefs/objects/{name}")
+    refused = guest.run("cat", f"/{MATERIAL}", check=False)
+    assert refused.code != 0
+    assert "Input/output error" in refused.out
+
+    found = guest.run("hostimagectl", "verify", check=False, limit=600)
+    assert (found.code, f"objects/{name}" in found.out) == (EXIT_CODES[ErrorName.CORRUPT_REPOSITORY], True), (
+        found.out
+    )
+    guest.run("hostimagectl", "repair", limit=600)
+    measured = guest.run("fsverity", "measure", f"/sysroot/composefs/objects/{name}").out
+    assert measured.startswith(f"sha512:{digest} ")
+    check_nothing_lost(guest)
+    # What looked the file up before has the damaged one until the kernel forgets it.
+    guest.shell("echo 3 >/proc/sys/vm/drop_caches")
+    assert guest.run("sha256sum", f"/{MATERIAL}").out == content
+
+
+def change_on_disk(guest: Machine, path: str) -> None:
+    """Change a byte of a file that nobody can write to, on the device; and forget what was read of it."""
+    listed = guest.run("filefrag", "-v", "-b4096", path).out
+    (block,) = re.findall(r"^ +0: +0\.\. +\d+: +(\d+)\.\.", listed, re.MULTILINE)
+    guest.run("python3", "-c", _FLIP, str(int(block) * 4096 + 1000))
+    guest.shell("echo 3 >/proc/sys/vm/drop_caches")
+
+
+def check_by_others(cfsctl: str, directory: Path) -> None:
+    """composefs-rs finds the repository on the guest's disk as it should be."""
+    repository = offline.copy_out(directory / "disk.qcow2", "composefs", directory)
+    for check in (["fsck"], ["oci", "fsck"]):
+        said = json.loads(tools.run(cfsctl, "--repo", repository, *check, "--json", timeout=600).out)
+        assert said["ok"], said
+    shutil.rmtree(repository)

@@ -18,15 +18,18 @@ PASSWORD = "correct horse"
 ENVIRONMENT = ("env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8")
 
 
-def bootstrap(base: Path, packages: Sequence[str]) -> None:
-    """Make a root of ``packages`` as a tar archive at ``base``; skips the test where that cannot be done."""
+def bootstrap(base: Path, packages: Sequence[str], variant: str = "minbase") -> None:
+    """Make a root of ``packages`` as a tar archive at ``base``; skips the test where that cannot be done.
+
+    ``variant``: mmdebstrap's; with ``extract`` the packages are only unpacked.
+    """
     program = require("mmdebstrap")
     if os.geteuid() != 0:
         absent("making a Debian root needs root")
     base.parent.mkdir(parents=True, exist_ok=True)
     partial = base.with_suffix(".partial.tar")
     slim = [f"--dpkgopt=path-exclude=/usr/share/{part}/*" for part in ("doc", "info", "locale", "man")]
-    argv = [program, "--variant=minbase", "--mode=root", f"--include={','.join(packages)}", *slim]
+    argv = [program, f"--variant={variant}", "--mode=root", f"--include={','.join(packages)}", *slim]
     # Without our terminal: a package that asks something there would wait for ever in the background.
     done = subprocess.run(
         ["setpriv", "--pdeathsig", "TERM", *argv, "--quiet", "trixie", partial],

@@ -6,6 +6,7 @@ The first line is the console, kept in a file; on the second the guest runs a sh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import select
@@ -14,14 +15,17 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import pytest
 
+from hostimage_testing import offline
 from hostimage_testing.bootable import SHELL_READY
 from hostimage_testing.debian_root import USER
+from hostimage_testing.monitor import screenshot
 from hostimage_testing.tools import Finished, absent, require
 
 #: Seconds: what takes one minute on two quiet processors.
@@ -36,7 +40,7 @@ _FIRMWARE = (
 #: What every guest has, however it starts.
 EMULATOR = (
     *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1536", "-display", "none"),
-    *("-nodefaults", "-no-reboot", "-device", "virtio-rng-pci"),
+    *("-nodefaults", "-device", "virtio-rng-pci"),
 )
 
 
@@ -49,31 +53,49 @@ def firmware() -> tuple[Path, Path]:
     raise AssertionError
 
 
+def command(directory: Path, disk: str, images: Path, network: Sequence[str] = ()) -> list[str]:
+    """What starts a guest with firmware, whose variables are kept below ``directory``; see ``Machine``.
+
+    Its serial lines are not in it: the images want two. The end of its parent is its own: nothing of a test
+    run that was killed stays.
+    """
+    code, variables = firmware()
+    own = shutil.copy(variables, directory / "variables.fd")
+    return [
+        "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *EMULATOR,
+        "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
+        "-drive", f"if=pflash,format=raw,unit=1,file={own}",
+        "-drive", f"{disk},if=virtio",
+        "-drive", f"file={images},format=raw,if=virtio,readonly=on",
+        *network,
+    ]  # fmt: skip
+
+
 class Machine:
     """One guest, whose files are below ``directory``; started by ``start``, off at first.
 
-    ``disk`` is what the emulator is told of the disk that is written to (``Installed.overlay``, ``power``).
-    A context manager that pulls the plug at the end.
+    ``disk`` is what the emulator is told of the disk that is written to (``Installed.overlay``, ``power``),
+    ``network`` of the network, if there is one (``guest_registry``). A context manager that pulls the plug at
+    the end, and after a failure collects what tells of it first.
     """
 
-    def __init__(self, directory: Path, disk: str, images: Path) -> None:
+    def __init__(self, directory: Path, disk: str, images: Path, network: Sequence[str] = ()) -> None:
         self.directory = directory
-        self._emulator = require("qemu-system-x86_64")
-        code, variables = firmware()
-        own = Path(shutil.copy(variables, directory / "variables.fd"))
-        self._socket = directory / "shell"
+        self._socket, self._control = directory / "shell", directory / "control"
         self.console = directory / "console"
         self.console.touch()
-        # Its parent's end is its own: nothing of a test run that was killed stays.
+        #: What was run inside, each with its end, its time and what it said.
+        self.transcript = directory / "transcript"
+        self.transcript.touch()
         self._argv = [
-            "setpriv", "--pdeathsig", "KILL", self._emulator, *EMULATOR,
-            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
-            "-drive", f"if=pflash,format=raw,unit=1,file={own}",
-            "-drive", f"{disk},if=virtio",
-            "-drive", f"file={images},format=raw,if=virtio,readonly=on",
+            *command(directory, disk, images, network), "-no-reboot",
             "-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console",
             "-chardev", f"socket,id=shell,path={self._socket},server=on,wait=off", "-serial", "chardev:shell",
+            "-device", "VGA", "-qmp", f"unix:{self._control},server=on,wait=off",
         ]  # fmt: skip
+        file = re.match(r"file=([^,]+),", disk)
+        #: The journal is read from here when no commands are taken any more.
+        self.disk_file = Path(file[1]) if file else None
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
         self._heard = b""
@@ -86,6 +108,8 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.collect(error)
         self.pull_the_plug()
 
     def start(self) -> float:
@@ -138,14 +162,28 @@ class Machine:
         """Run a program inside as root to its end; both kinds of output are in ``out``."""
         return self.shell(shlex.join(argv), check=check, limit=limit)
 
+    def begin(self, command: str) -> None:
+        """Start a line of shell whose end is not waited for; nothing else is taken until it ends.
+
+        What it says comes by ``hear``.
+        """
+        self._say(f"( {command}\n) </dev/null 2>&1")
+
+    def hear(self, pattern: str, limit: float = PATIENCE) -> str:
+        """Wait until what was begun has said something; gives what came before."""
+        return self._until(pattern.encode(), limit, pattern)[0].decode(errors="replace")
+
     def shell(self, command: str, *, check: bool = True, limit: float = PATIENCE) -> Finished:
         """As ``run``, for a line of shell."""
         mark = f"end-of-command-{next(self._marks)}"
         # In two parts, so that it is found in the answer alone wherever the line is echoed.
         self._say(f"( {command}\n) </dev/null 2>&1; printf '\\n%s%s %d\\n' '{mark[:6]}' '{mark[6:]}' $?")
+        begin = time.monotonic()
         answer = self._until(rb"\r?\n" + mark.encode() + rb" (\d+)\r?\n", limit, command)
         text = answer[0].decode(errors="replace").replace("\r\n", "\n")
         code = int(answer[1])
+        with self.transcript.open("a") as file:
+            file.write(f"# {code} after {time.monotonic() - begin:.1f} s: {command}\n{text}\n")
         if check and code != 0:
             pytest.fail(f"{command} exited {code}:\n{text}\n{self.journal()}")
         return Finished(code, text, "")
@@ -169,6 +207,32 @@ class Machine:
         """The end of the journal of this boot, or what ``arguments`` choose of it."""
         chosen = arguments or ("--boot", "--lines=80")
         return self.run("journalctl", "--no-pager", "--output=short-monotonic", *chosen, check=False).out
+
+    def collect(self, error: BaseException) -> None:
+        """Keep screen, console, journal and what was run in a directory that ``error`` names from then on.
+
+        A guest that takes no commands any more is switched off for that.
+        """
+        place = self.directory / "failure"
+        if place.exists():
+            return
+        place.mkdir()
+        for file in (self.console, self.transcript):
+            shutil.copy(file, place)
+        with contextlib.suppress(OSError):
+            screenshot(self._control, place / "screen.png")
+        (place / "journal").write_text(self._whole_journal())
+        error.add_note(f"screen, console, journal and transcript of the guest are in {place}")
+
+    def _whole_journal(self) -> str:
+        if self._line is not None:
+            with contextlib.suppress(pytest.fail.Exception, OSError):
+                return self.shell("journalctl --no-pager --output=short-precise", limit=PATIENCE).out
+        self.pull_the_plug()
+        try:
+            return "" if self.disk_file is None else offline.journal(self.disk_file, self.directory)
+        except (pytest.fail.Exception, ValueError, KeyError) as error:
+            return f"it cannot be read from the disk: {error}\n"
 
     def console_of_boot(self) -> str:
         """What the console has shown since the last start."""

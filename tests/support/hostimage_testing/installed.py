@@ -12,7 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostimage_testing import bootable, debian_root, emulator
+from hostimage_testing import bootable, debian_root, emulator, guest_registry
+from hostimage_testing.registry import Certificate
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
 INSTALL_LIMIT = 1500.0
@@ -43,7 +44,8 @@ TABLE
     hostimaged deploy --sysroot /run/root --boot /run/root/boot --esp /run/esp \\
         --karg "root=UUID=$(blkid -p -s UUID -o value /dev/vdb2)" \\
         --karg console=ttyS0 --karg panic=-1 --karg systemd.show_status=1 \\
-        --target-image {bootable.TRACKED} oci:/run/images/v1:latest
+        --karg systemd.condition_needs_update=no --karg systemd.default_device_timeout_sec=600 \\
+        --target-image {guest_registry.FOLLOWED} oci:/run/images/v1:latest
     cat /proc/uptime
     mkdir -p /run/esp/EFI/BOOT
     cp /usr/lib/systemd/boot/efi/systemd-bootx64.efi /run/esp/EFI/BOOT/BOOTX64.EFI
@@ -60,10 +62,15 @@ sleep 60
 
 @dataclass(frozen=True)
 class Installed:
-    """``disk`` boots ``v1``; ``images`` is the disk with all versions."""
+    """``disk`` boots ``v1``; ``images`` is the disk with all versions, which are in ``layouts`` too.
+
+    ``certificate``: of the registry that they know.
+    """
 
     disk: Path
     images: Path
+    layouts: Path
+    certificate: Certificate
 
     def overlay(self, directory: Path) -> str:
         """A new disk below ``directory`` that stores what becomes different from ``disk``."""
@@ -90,24 +97,26 @@ def prepare(directory: Path, cache: Path) -> Installed:
     base = cache / "bootable.tar"
     if not base.exists():
         debian_root.bootstrap(base, bootable.PACKAGES)
-    kept = cache / f"installed-{_content(base)}"
-    found = Installed(kept / "disk.qcow2", kept / "images.img")
+    known = guest_registry.certificate(cache)
+    kept = cache / f"installed-{_content(base, known)}"
+    found = Installed(kept / "disk.qcow2", kept / "images.img", kept / "images", known)
     if kept.exists():
         return found
     for old in cache.glob("installed-*"):
         shutil.rmtree(old)
-    made = bootable.prepare(directory, cache)
+    made = bootable.prepare(directory, cache, known)
     partial = cache / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     _file_system(made.images, partial / "images.img", "1G")
     _install(made, partial, directory)
+    shutil.move(made.images, partial)
     partial.rename(kept)
     shutil.rmtree(made.root)
     return found
 
 
-def _content(base: Path) -> str:
+def _content(base: Path, known: Certificate) -> str:
     """What tells apart disks that differ: the project, what makes images and disks, and Debian's part."""
     digest = hashlib.sha256()
     trees = [REPOSITORY_ROOT / name for name in ("daemon", "client", "dbus", "systemd")]
@@ -117,10 +126,12 @@ def _content(base: Path) -> str:
         Path(__file__),
         Path(bootable.__file__),
         Path(debian_root.__file__),
+        Path(guest_registry.__file__),
     ]
     for path in sorted(path for path in files if path.is_file()):
         digest.update(f"{path.relative_to(REPOSITORY_ROOT)}\0{path.stat().st_mode}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
+    digest.update(known.certificate.read_bytes())
     status = base.stat()
     digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
@@ -142,7 +153,7 @@ def _install(made: bootable.Bootable, target: Path, directory: Path) -> None:
     disk, console = target / "disk.qcow2", directory / "console"
     subprocess.run([require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"], check=True)
     argv = [
-        "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *emulator.EMULATOR,
+        "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *emulator.EMULATOR, "-no-reboot",
         "-kernel", made.kernel, "-initrd", made.initramfs,
         "-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/usr/sbin/install-guest",
         "-drive", f"file={system},format=raw,if=virtio,cache=unsafe",

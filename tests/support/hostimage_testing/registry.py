@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -17,17 +19,29 @@ _CONFIG = """\
 version: 0.1
 log: {{level: error}}
 storage: {{filesystem: {{rootdirectory: {storage}}}, delete: {{enabled: true}}}}
-http: {{addr: 127.0.0.1:{port}}}
+http: {{addr: 127.0.0.1:{port}{tls}}}
 """
 
 
 @dataclass(frozen=True)
+class Certificate:
+    """A server's certificate and its key, as PEM; the certificate is its own authority."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
 class Registry:
-    """A running registry; ``host`` is ``127.0.0.1:port``, ``registries_conf`` allows it over plain http."""
+    """A running registry; ``host`` is ``127.0.0.1:port``, ``registries_conf`` allows it over plain http.
+
+    ``certificates``: where it speaks TLS, the directory that skopeo is given for it.
+    """
 
     host: str
     storage: Path
     registries_conf: str
+    certificates: Path | None = None
 
 
 def free_port() -> int:
@@ -39,32 +53,46 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_registry(directory: Path) -> Iterator[Registry]:
-    """Start a registry that keeps its data in ``directory``; stopped at the end."""
+def running_registry(directory: Path, certificate: Certificate | None = None) -> Iterator[Registry]:
+    """Start a registry that keeps its data in ``directory``; stopped at the end.
+
+    It speaks TLS with ``certificate``, else plain http.
+    """
     program = require("docker-registry")
     port = free_port()
     storage = directory / "storage"
     storage.mkdir(parents=True, exist_ok=True)
     config = directory / "config.yml"
-    config.write_text(_CONFIG.format(storage=storage, port=port))
+    tls = certificates = None
+    if certificate is not None:
+        tls = f", tls: {{certificate: {certificate.certificate}, key: {certificate.key}}}"
+        certificates = directory / "certificates"
+        certificates.mkdir(exist_ok=True)
+        shutil.copy(certificate.certificate, certificates / "ca.crt")
+    config.write_text(_CONFIG.format(storage=storage, port=port, tls=tls or ""))
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [program, "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
     try:
-        _wait_ready(port, process, directory / "log")
+        _wait_ready(port, process, directory / "log", certificate)
         host = f"127.0.0.1:{port}"
-        yield Registry(host, storage, f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
+        insecure = "" if certificate else f'[[registry]]\nlocation = "{host}"\ninsecure = true\n'
+        yield Registry(host, storage, insecure, certificates)
     finally:
         process.terminate()
         process.wait(20)
 
 
-def _wait_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_ready(
+    port: int, process: subprocess.Popen[bytes], log: Path, certificate: Certificate | None
+) -> None:
+    context = ssl.create_default_context(cafile=certificate.certificate) if certificate else None
+    url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}/v2/"
     deadline = time.monotonic() + 30
     while True:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=5).close()
+            urllib.request.urlopen(url, timeout=5, context=context).close()
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:

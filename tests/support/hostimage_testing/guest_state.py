@@ -1,0 +1,70 @@
+"""What a guest says of itself, and what it must say after a boot."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from hostimage_dbus.errors import EXIT_CODES, ErrorName
+from hostimage_testing.emulator import Machine
+
+#: Where ``offer`` lets updates be found.
+OFFERED = "/run/os"
+#: Seconds for the first look, on a machine that does much else.
+LIMIT = 300.0
+
+
+def offer(guest: Machine, image: str) -> None:
+    """Let ``OFFERED`` be this image of the disk with images, from now to the next boot."""
+    guest.shell("mkdir -p /run/images; mountpoint -q /run/images || mount -o ro /dev/vdb /run/images")
+    guest.run("ln", "-sfn", f"images/{image}", OFFERED)
+
+
+def status(guest: Machine) -> dict[str, Any]:
+    """What is told once the daemon, which the first call starts, has looked at all; it is slow here."""
+    deadline = time.monotonic() + LIMIT
+    while True:
+        asked = guest.as_nobody("hostimagectl", "status", "--json", check=False)
+        if asked.code == 0:
+            found: dict[str, Any] = json.loads(asked.out)
+            if not any(problem["id"] == "scan" for problem in found["problems"]):
+                return found
+        assert asked.code in (0, EXIT_CODES[ErrorName.TIMEOUT]), asked.out
+        assert time.monotonic() < deadline, asked.out
+
+
+def deployment(guest: Machine, kind: str) -> dict[str, Any]:
+    """The row of the only deployment that is ``kind`` ("booted", "staged", "is-rollback")."""
+    (found,) = (each for each in status(guest)["deployments"] if each[kind])
+    return dict(found)
+
+
+def check_booted(guest: Machine, version: str) -> dict[str, Any]:
+    """The guest runs this version, as the kernel says and as our status says; gives the row of it."""
+    assert guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip() == "running"
+    row = deployment(guest, "booted")
+    assert (row["version"], row["verity"], row["default"]) == (version, "ok", True)
+    source, kind, options = guest.shell("findmnt --raw -no SOURCE,FSTYPE,OPTIONS /").out.split()
+    assert (source, kind) == (f"composefs:{row['id']}", "overlay")
+    assert {"ro", "verity=require"} <= set(options.split(","))
+    arguments = guest.run("cat", "/proc/cmdline").out.split()
+    assert [word for word in arguments if word.startswith("hostimage.version=")] == [
+        f"hostimage.version={version}"
+    ]
+    assert [word for word in arguments if word.startswith("composefs=")] == [f"composefs={row['id']}"]
+    assert {"rw", "console=ttyS0"} <= set(arguments)
+    assert guest.run("cat", "/usr/share/version").out.strip() == version
+    assert "as-expected" in guest.journal("--boot", "--unit=hostimaged-boot-check.service")
+    found = status(guest)
+    assert (found["problems"], found["host"]["bootloader"]) == ([], "systemd")
+    check_origin(guest, row)
+    return row
+
+
+def check_origin(guest: Machine, row: dict[str, Any]) -> None:
+    """The deployment says what image it is of, and a tag keeps that."""
+    origin = guest.run("cat", f"/sysroot/state/deploy/{row['id']}/{row['id']}.origin").out
+    assert f"manifest_digest={row['image-digest']}" in origin.replace(" ", "")
+    tags = guest.run("ls", "/sysroot/composefs/streams/refs/oci").out
+    assert f"bootc-{row['image-digest']}".replace(":", "%3A") in tags or row["image-digest"] in tags
