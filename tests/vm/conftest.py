@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hostimage_testing import installed
+from hostimage_testing.loader_disks import Workshop
 
 collect_ignore = ["inside"]
 
@@ -20,4 +21,13 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[installed.Instal
     directory = tmp_path_factory.mktemp("installed")
     cache = os.environ.get("HOSTIMAGE_TEST_CACHE")
     yield installed.prepare(directory, Path(cache) / "vm" if cache else directory / "cache")
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def workshop(disks: installed.Installed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """Makes disks of other boot loaders, each when the first test asks for it, kept as ``disks`` are."""
+    directory = tmp_path_factory.mktemp("loaders")
+    cache = os.environ.get("HOSTIMAGE_TEST_CACHE")
+    yield Workshop(disks, directory, Path(cache) / "vm" if cache else directory / "cache")
     shutil.rmtree(directory)
