@@ -47,7 +47,8 @@ def boot_id(guest: Machine) -> str:
 
 def check_root(guest: Machine, version: str) -> dict[str, Any]:
     """This version runs, as the mounts say and as our status says; gives the row of it."""
-    assert guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip() == "running"
+    state = guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip()
+    assert state == "running", guest.run("systemctl", "list-units", "--failed", "--no-legend").out
     row = deployment(guest, "booted")
     assert (row["version"], row["verity"], row["default"]) == (version, "ok", True)
     source, kind, options = guest.shell("findmnt --raw -no SOURCE,FSTYPE,OPTIONS /").out.split()
