@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 # Every kind of message in both directions; the rest of tests/bus is about what is done with them.
 OTHER_LIBRARY := tests/unit/dbus $(addprefix tests/bus/test_,transport.py contract.py hostile.py polkit.py properties.py)
 
-.PHONY: help demo test test-container test-vm vm check bench fuzz soak clean
+.PHONY: help demo test test-container test-vm test-vm-full vm check bench fuzz soak clean
 
 help:
 	@echo 'make demo    private bus, scratch root, sample image: the whole job end to end'
 	@echo 'make test    checks and all tests that can run on this machine'
 	@echo 'make test-container boots a Debian 13 container: real systemd, logind, polkit, both buses'
 	@echo 'make test-vm boots a Debian 13 guest for what needs its kernel (fs-verity, vfat)'
+	@echo 'make test-vm-full boots guests for the rest: other boot loaders, legacy disks, soft reboot'
 	@echo 'make vm      boots such a guest to play with, on this terminal'
 	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
 	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
@@ -48,6 +49,9 @@ test-vm:
 	@tests/setup/programs vm
 	@$(MAKE) --no-print-directory $(STAMP)
 	@$(BIN)/pytest -m vm -s $(PYTEST_ARGS) tests/vm
+
+test-vm-full:
+	@HOSTIMAGE_VM_FULL=1 $(MAKE) --no-print-directory test-vm PYTEST_ARGS="--durations=0 $(PYTEST_ARGS)"
 
 vm:
 	@tests/setup/programs vm

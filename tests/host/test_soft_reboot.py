@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from hostimage_testing.machines import Machine, Namespace, kernel_messages
 from hostimage_testing.os_images import Recipe
 from hostimage_testing.processes import python_environment
 from hostimage_testing.recorded import row_of
+from hostimage_testing.tools import REPOSITORY_ROOT
 from hostimaged.errors import AlreadyBooted, HostimageError, PreconditionFailed, VerityMismatch
 from hostimaged.host import reorder, softreboot
 from hostimaged.host.nextroot import Failed, Plan
@@ -399,6 +401,48 @@ def test_the_merged_etc_is_that_of_the_next_root(
         assert now.booted.soft_rebooted
         assert now.next_deployment is now.booted_deployment
         assert not softreboot.prepare(opened)
+
+
+# The finalizer's way: all of it with what its unit leaves it.
+_FINALIZER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from hostimaged.host import commands
+from hostimaged.system import syscalls
+from hostimaged.system.paths import HostPaths
+root, process, *kept = sys.argv[1:]
+paths = replace(
+    HostPaths.scratch(Path(root)),
+    host_mounts=Path(process, "mountinfo"),
+    host_namespace=Path(process, "ns/mnt"),
+)
+commands.HostPaths.scratch = lambda _: paths
+syscalls.set_no_new_privs()
+syscalls.drop_capabilities(syscalls.Capability[name] for name in kept)
+sys.exit(commands.finalize_main(["--root", root]))
+"""
+
+
+def test_a_finalizer_has_the_privileges_that_it_takes(machine: MakeMachine) -> None:
+    here = machine(NEW, staged=True)
+    with here.session() as opened:
+        softreboot.prepare(opened)
+    (here.host.root / "etc/local.conf").write_text("local\n")
+    unit = (REPOSITORY_ROOT / "systemd/hostimaged-finalize.service").read_text()
+    kept = re.findall(
+        r"\bCAP_([A-Z_]+)", "\n".join(re.findall("^CapabilityBoundingSet=.*", unit, re.MULTILINE))
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _FINALIZER, here.host.root, f"/proc/{here.namespace.pid}", *kept],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=python_environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert here.prepared == here.other.id
+    assert (here.root / "etc/local.conf").read_text() == "local\n"
 
 
 def test_a_shutdown_that_cannot_merge(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hostimage_testing import guest_registry, installed
 from hostimage_testing.emulator import Machine
 from hostimage_testing.guest_registry import GuestRegistry
+from hostimage_testing.loader_disks import Workshop
 from hostimage_testing.power import Mains
 
 collect_ignore = ["inside"]
@@ -46,3 +47,12 @@ def registry(tmp_path: Path, disks: installed.Installed) -> Iterator[GuestRegist
     """The registry that guests follow, empty at first."""
     with guest_registry.running(tmp_path / "registry", disks.certificate, disks.layouts) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def workshop(disks: installed.Installed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """Makes disks of other boot loaders, each when the first test asks for it, kept as ``disks`` are."""
+    directory = tmp_path_factory.mktemp("loaders")
+    cache = os.environ.get("HOSTIMAGE_TEST_CACHE")
+    yield Workshop(disks, directory, Path(cache) / "vm" if cache else directory / "cache")
+    shutil.rmtree(directory)

@@ -102,6 +102,10 @@ _FILES = {
     "etc/machine-id": "",
     "etc/containers/policy.json": '{"default": [{"type": "insecureAcceptAnything"}]}\n',
     "etc/systemd/journald.conf.d/test.conf": "[Journal]\nStorage=persistent\n",
+    # An emulated disk takes longer to be there than a real one, if others work on the machine too.
+    "etc/systemd/system.conf.d/test.conf": (
+        "[Manager]\nDefaultDeviceTimeoutSec=10min\nDefaultTimeoutStartSec=10min\n"
+    ),
     # Whoever is at the serial console may do everything: this is a machine for tests.
     "etc/systemd/system/serial-getty@ttyS0.service.d/test.conf": (
         f'[Unit]\nConditionFirmware=smbios-field(product_name = "{FOR_PEOPLE}")\n\n'

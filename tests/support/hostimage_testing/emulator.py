@@ -148,6 +148,16 @@ class Machine:
         self.shut_down("reboot")
         return self.start()
 
+    def soft_reboot(self, command: str) -> float:
+        """Run a line of shell that restarts all but the kernel; gives the seconds until commands are taken.
+
+        What it prints is in the console's file at most: the shell that it runs in goes down with the rest.
+        """
+        begin = time.monotonic()
+        self._say(f"( {command}\n) </dev/null >/dev/console 2>&1")
+        self._until(re.escape(SHELL_READY).encode() + rb"\r?\n", BOOT_LIMIT, command)
+        return time.monotonic() - begin
+
     def shut_down(self, how: str = "poweroff") -> None:
         """Shut down in order, and wait for the end."""
         assert self._process is not None

@@ -1,4 +1,4 @@
-"""What a guest says of itself, and what it must say after a boot."""
+"""What a guest says of itself, and what it must say after a boot, whichever boot loader it has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from hostimage_dbus.errors import EXIT_CODES, ErrorName
 from hostimage_testing.emulator import Machine
+from hostimage_testing.loaders import SYSTEMD, Loader
 
-#: Where ``offer`` lets updates be found.
+#: Where ``offer`` lets updates be found; on disks made by ``loader_disks`` it is what they follow.
 OFFERED = "/run/os"
 #: Seconds for the first look, on a machine that does much else.
 LIMIT = 300.0
@@ -40,24 +41,42 @@ def deployment(guest: Machine, kind: str) -> dict[str, Any]:
     return dict(found)
 
 
-def check_booted(guest: Machine, version: str) -> dict[str, Any]:
-    """The guest runs this version, as the kernel says and as our status says; gives the row of it."""
-    assert guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip() == "running"
+def boot_id(guest: Machine) -> str:
+    """The kernel's own, new at each start of it."""
+    return guest.run("cat", "/proc/sys/kernel/random/boot_id").out.strip()
+
+
+def check_root(guest: Machine, version: str) -> dict[str, Any]:
+    """This version runs, as the mounts say and as our status says; gives the row of it."""
+    state = guest.run("systemctl", "is-system-running", "--wait", check=False).out.strip()
+    assert state == "running", guest.run("systemctl", "list-units", "--failed", "--no-legend").out
     row = deployment(guest, "booted")
     assert (row["version"], row["verity"], row["default"]) == (version, "ok", True)
     source, kind, options = guest.shell("findmnt --raw -no SOURCE,FSTYPE,OPTIONS /").out.split()
     assert (source, kind) == (f"composefs:{row['id']}", "overlay")
     assert {"ro", "verity=require"} <= set(options.split(","))
-    arguments = guest.run("cat", "/proc/cmdline").out.split()
-    assert [word for word in arguments if word.startswith("hostimage.version=")] == [
-        f"hostimage.version={version}"
-    ]
-    assert [word for word in arguments if word.startswith("composefs=")] == [f"composefs={row['id']}"]
-    assert {"rw", "console=ttyS0"} <= set(arguments)
     assert guest.run("cat", "/usr/share/version").out.strip() == version
     assert "as-expected" in guest.journal("--boot", "--unit=hostimaged-boot-check.service")
+    return row
+
+
+def check_booted(
+    guest: Machine, version: str, loader: Loader = SYSTEMD, *, argument: str = ""
+) -> dict[str, Any]:
+    """As ``check_root``, and the firmware started it, by this boot loader, and nothing is wrong.
+
+    ``argument``: the version in the kernel's arguments, if it is another one.
+    """
+    row = check_root(guest, version)
+    words = guest.run("cat", "/proc/cmdline").out.split()
+    told = [word for word in words if word.startswith("hostimage.version=")]
+    assert told == [f"hostimage.version={argument or version}"]
+    assert [word for word in words if word.startswith("composefs=")] == [f"composefs={row['id']}"]
+    assert {"rw", "console=ttyS0"} <= set(words)
     found = status(guest)
-    assert (found["problems"], found["host"]["bootloader"]) == ([], "systemd")
+    assert (found["problems"], found["host"]["bootloader"]) == ([], loader.named)
+    assert not found["host"]["soft-rebooted"]
+    assert row["boot-type"] == ("uki" if loader.unified else "bls")
     check_origin(guest, row)
     return row
 
@@ -66,5 +85,11 @@ def check_origin(guest: Machine, row: dict[str, Any]) -> None:
     """The deployment says what image it is of, and a tag keeps that."""
     origin = guest.run("cat", f"/sysroot/state/deploy/{row['id']}/{row['id']}.origin").out
     assert f"manifest_digest={row['image-digest']}" in origin.replace(" ", "")
-    tags = guest.run("ls", "/sysroot/composefs/streams/refs/oci").out
-    assert f"bootc-{row['image-digest']}".replace(":", "%3A") in tags or row["image-digest"] in tags
+    assert row["image-digest"] in tagged(guest)
+
+
+def tagged(guest: Machine) -> set[str]:
+    """Digests of the manifests that tags of deployments keep."""
+    names = guest.run("ls", "/sysroot/composefs/streams/refs/oci").out.split()
+    decoded = (name.replace("%3A", ":").replace("%2F", "/") for name in names)
+    return {name.removeprefix("localhost/bootc-") for name in decoded if name.startswith("localhost/bootc-")}

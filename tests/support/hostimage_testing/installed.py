@@ -7,17 +7,25 @@ that stores differences only.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostimage_testing import bootable, debian_root, emulator, guest_registry
+from hostimage_testing import bootable, debian_root, emulator, guest_registry, loaders
+from hostimage_testing.loaders import Loader
 from hostimage_testing.registry import Certificate
 from hostimage_testing.tools import REPOSITORY_ROOT, require
 
 INSTALL_LIMIT = 1500.0
 _DONE = "hostimage-testing: installed"
+#: Arguments of the kernel, for images that have them in the boot entry, as options of ``hostimaged deploy``.
+ARGUMENTS = (
+    '--karg "root=UUID=$(blkid -p -s UUID -o value /dev/vdb2)"'
+    " --karg console=ttyS0 --karg panic=-1 --karg systemd.show_status=1"
+    " --karg systemd.condition_needs_update=no --karg systemd.default_device_timeout_sec=600"
+)
 _INSTALLER = f"""\
 #!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/run LC_ALL=C.UTF-8
@@ -42,14 +50,10 @@ TABLE
     mkdir /run/root/boot
     cat /proc/uptime
     hostimaged deploy --sysroot /run/root --boot /run/root/boot --esp /run/esp \\
-        --karg "root=UUID=$(blkid -p -s UUID -o value /dev/vdb2)" \\
-        --karg console=ttyS0 --karg panic=-1 --karg systemd.show_status=1 \\
-        --karg systemd.condition_needs_update=no --karg systemd.default_device_timeout_sec=600 \\
-        --target-image {guest_registry.FOLLOWED} oci:/run/images/v1:latest
+        @OPTIONS@ --target-image @TRACKED@ oci:/run/images/@IMAGE@:latest
     cat /proc/uptime
     mkdir -p /run/esp/EFI/BOOT
-    cp /usr/lib/systemd/boot/efi/systemd-bootx64.efi /run/esp/EFI/BOOT/BOOTX64.EFI
-    printf 'timeout 0\\n' >/run/esp/loader/loader.conf
+@LOADER@
     find /run/esp -type f
     umount /run/images /run/esp /run/root
 }}
@@ -108,12 +112,21 @@ def prepare(directory: Path, cache: Path) -> Installed:
     partial = cache / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    _file_system(made.images, partial / "images.img", "1G")
-    _install(made, partial, directory)
+    file_system(made.images, partial / "images.img", "1G")
+    disk = partial / "disk.qcow2"
+    script = installer(loaders.SYSTEMD, guest_registry.FOLLOWED)
+    install(script, made.root, made.kernel, made.initramfs, partial / "images.img", disk, directory)
     shutil.move(made.images, partial)
     partial.rename(kept)
     shutil.rmtree(made.root)
     return found
+
+
+def installer(loader: Loader, tracked: str) -> str:
+    """The script that puts the image ``v1`` with this boot loader on a disk; updates follow ``tracked``."""
+    options = loader.option if loader.unified else f"{loader.option} {ARGUMENTS}"
+    lines = {"OPTIONS": options, "IMAGE": loader.image("v1"), "LOADER": loader.install, "TRACKED": tracked}
+    return re.sub("@([A-Z]+)@", lambda found: lines[found[1]], _INSTALLER)
 
 
 def _content(base: Path, known: Certificate) -> str:
@@ -127,6 +140,7 @@ def _content(base: Path, known: Certificate) -> str:
         Path(bootable.__file__),
         Path(debian_root.__file__),
         Path(guest_registry.__file__),
+        Path(loaders.__file__),
     ]
     for path in sorted(path for path in files if path.is_file()):
         digest.update(f"{path.relative_to(REPOSITORY_ROOT)}\0{path.stat().st_mode}\0".encode())
@@ -137,28 +151,31 @@ def _content(base: Path, known: Certificate) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_system(tree: Path, image: Path, size: str) -> None:
+def file_system(tree: Path, image: Path, size: str) -> None:
+    """Make a file system with fs-verity that holds ``tree``."""
     subprocess.run(
         [require("mkfs.ext4"), "-q", "-O", "verity", "-b", "4096", "-d", tree, image, size], check=True
     )
 
 
-def _install(made: bootable.Bootable, target: Path, directory: Path) -> None:
-    """Run the installer in a guest; its root is the tree of the image."""
-    init = made.root / "usr/sbin/install-guest"
-    init.write_text(_INSTALLER)
+def install(
+    script: str, root: Path, kernel: Path, initramfs: Path, images: Path, disk: Path, directory: Path
+) -> None:
+    """Run an installer in a guest whose root is the tree ``root``; it makes ``disk`` from ``images``."""
+    init = root / "usr/sbin/install-guest"
+    init.write_text(script)
     init.chmod(0o755)
     system = directory / "installer.img"
-    _file_system(made.root, system, "2G")
-    disk, console = target / "disk.qcow2", directory / "console"
+    file_system(root, system, "2G")
+    console = directory / "console"
     subprocess.run([require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"], check=True)
     argv = [
         "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *emulator.EMULATOR, "-no-reboot",
-        "-kernel", made.kernel, "-initrd", made.initramfs,
+        "-kernel", kernel, "-initrd", initramfs,
         "-append", "root=/dev/vda rw console=ttyS0 quiet panic=-1 init=/usr/sbin/install-guest",
         "-drive", f"file={system},format=raw,if=virtio,cache=unsafe",
         "-drive", f"file={disk},format=qcow2,if=virtio,cache=unsafe",
-        "-drive", f"file={target / 'images.img'},format=raw,if=virtio,readonly=on",
+        "-drive", f"file={images},format=raw,if=virtio,readonly=on",
         "-serial", f"file:{console}",
     ]  # fmt: skip
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
