@@ -27,7 +27,6 @@ CTRL_C = "\x03"
 COMMANDS = {
     "check": (OK, ASKS),
     "pull": (OK, ASKS),
-    "upgrade --unified": (UNBUILT, ASKS),
     "gc --dry-run": (OK, ASKS),
     f"check {OTHER}": (ASKS, ASKS),
     f"pull {OTHER}": (ASKS, ASKS),
