@@ -51,8 +51,9 @@ KINDS: Final = {
     "repair": Kind(Access.ALONE, "verifying"),
     "pin": Kind(Access.ALONE, "staging"),
     "kargs": Kind(Access.ALONE, "staging"),
-    "unify": Kind(Access.ALONE, "pulling"),
+    "unify": Kind(Access.SHARED, "pulling"),
     "recover": Kind(Access.ALONE, "staging"),
-    # Never a job of its own: what jobs end with.
+    # Never jobs of their own: what jobs go on, or end, with.
+    "import": Kind(Access.SHARED, "pulling"),
     "soft-reboot": Kind(Access.ALONE, "staging"),
 }

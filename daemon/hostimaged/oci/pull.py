@@ -10,7 +10,6 @@ the next one uses them.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -19,10 +18,8 @@ from hostimaged.composefs.repository import How, Repository, Sharing, SharingImp
 from hostimaged.errors import (
     CorruptRepository,
     ImageNotFound,
-    NoSpace,
     PreconditionFailed,
     VerityMismatch,
-    from_os_error,
 )
 from hostimaged.ids import ManifestDigest
 from hostimaged.oci import commit, images, layers, pulls
@@ -30,6 +27,7 @@ from hostimaged.oci.commit import Commit, Contents
 from hostimaged.oci.layers import StoppableReporter, Tally, fetch_layers, plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.source import DEFAULT_PATIENCE, UnpackedSource, open_source
+from hostimaged.oci.space import require_space
 from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
@@ -127,6 +125,7 @@ def pull_image(
     sharing: Sharing = Sharing.AUTO,
     accept: Callable[[ManifestDigest], None] | None = None,
     minimum_free: int = 0,
+    opener: Callable[[Reporter], ImageSource] | None = None,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -139,6 +138,7 @@ def pull_image(
     become objects. ``accept`` is asked before anything is fetched of an image, and may raise.
     ``minimum_free``: bytes that are to stay free; a pull that is known to leave less is refused before
     anything of it is fetched.
+    ``opener`` opens what was fetched from ``reference`` before, and is no longer to be asked.
 
     Raises ``SharingImpossible`` where they would have to be copied and must not be;
     ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
@@ -159,8 +159,12 @@ def pull_image(
         repository.check_writable()
         stoppable.at("pull.opened")
         with private_directory(paths.temporary, "pull-") as work_dir:
-            with open_source(
-                reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
+            with (
+                open_source(
+                    reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
+                )
+                if opener is None
+                else opener(stoppable)
             ) as source:
                 pull = _Pull(repository, reference, stoppable, sharing, minimum_free)
                 image, layers_found = pull.fetch(source, expect_digest, accept)
@@ -314,24 +318,10 @@ class _Pull:
         self._reporter.totals(total, max(total - image.fetch_size, 0))
         if not image.config_stored:
             self._reporter.advance(image.manifest.config.size)
-        self._check_space(needed)
+        # It takes at least its compressed size; how much more, only unpacking tells.
+        require_space(self._reference, self._repository.path, needed, self._minimum_free)
         self._reporter.at("pull.planned")
         self._reporter.phase(Phase.PULLING)
-
-    def _check_space(self, missing: int) -> None:
-        """What is fetched takes at least its compressed size; how much more, only unpacking tells."""
-        path = self._repository.path
-        try:
-            status = os.statvfs(path)
-        except OSError as error:
-            raise from_os_error(error, f"cannot look at the repository at {path}") from error
-        free = status.f_bavail * status.f_frsize
-        if missing and missing + self._minimum_free > free:
-            rest = f", and {self._minimum_free} are to stay so (minimum-free)" if self._minimum_free else ""
-            raise NoSpace(
-                f"{self._reference} needs at least {missing} bytes more in {path}, "
-                f"where {free} are free{rest}"
-            )
 
     def _result(self, image: _Resolved, commitment: Commit) -> PullResult:
         return PullResult(
