@@ -34,6 +34,7 @@ class Profile(StrEnum):
     SCAN = "scan"
     PULL = "pull"
     PULL_STORAGE = "pull-storage"
+    STORE = "store"
     HOST = "host"
 
 
@@ -55,6 +56,21 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.FOWNER,
             Capability.FSETID,
             Capability.MAC_ADMIN,
+            Capability.MKNOD,
+            Capability.SETFCAP,
+            Capability.SYS_ADMIN,
+            Capability.SYS_CHROOT,
+        }
+    ),
+    # podman: mounts that nobody else sees, and layers with files of any owner and kind, which it unpacks with
+    # the layer as its root.
+    Profile.STORE: frozenset(
+        {
+            Capability.CHOWN,
+            Capability.DAC_OVERRIDE,
+            Capability.DAC_READ_SEARCH,
+            Capability.FOWNER,
+            Capability.FSETID,
             Capability.MKNOD,
             Capability.SETFCAP,
             Capability.SYS_ADMIN,

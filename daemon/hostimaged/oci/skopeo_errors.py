@@ -148,7 +148,7 @@ _FATAL: Final = re.compile(r'level=fatal msg=(?:"((?:[^"\\]|\\.)*)"|(\S+))')
 def mapped(text: str, reference: ImageReference, private: Iterable[Path] = ()) -> HostimageError:
     """The error for ``text``, met while fetching ``reference``; ``private`` paths are not shown."""
     lowered = text.lower()
-    reason = _cleaned(text, private)
+    reason = cleaned(text, private)
     for cause, words in _CAUSES:
         if any(word in lowered for word in words):
             if cause is DigestMismatch:
@@ -180,7 +180,8 @@ def fatal_message(log: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _cleaned(text: str, private: Iterable[Path]) -> str:
+def cleaned(text: str, private: Iterable[Path]) -> str:
+    """``text`` as one line for callers, without ``private`` paths, credentials and query strings."""
     for path in private:
         text = text.replace(str(path), "…")
     text = _HTTP_VERB.sub("", text)

@@ -13,6 +13,17 @@ from typing import Final, Self
 #: Where a boot loader finds what is in /boot, if that is a directory of the root file system.
 BOOT_IN_ROOT: Final = "/boot"
 _STORAGE: Final = "var/lib/containers/storage"
+#: Where podman finds the store of the host (``HostPaths.store``), in mounts that it alone sees (bootc).
+STORE_ALIAS: Final = Path("/run/bootc/storage")
+#: What podman and skopeo find on the machine, unless their mounts show something else there: configuration,
+#: where they keep things, and what is kept for the time of a boot.
+CONTAINERS_CONFIGURATION: Final = Path("/etc/containers")
+CONTAINERS_HOME: Final = Path("/var/lib/containers")
+VOLATILE: Final = (Path("/run"), Path("/dev/shm"))  # noqa: S108 (hidden, not used)
+#: How names of hosts are looked up; it may lead to what is volatile.
+RESOLVER: Final = Path("/etc/resolv.conf")
+#: Where a policy knows the files of a store (bootc).
+LABELLED_STORE: Final = Path("/") / _STORAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +152,21 @@ class HostPaths:
     def repository(self) -> Path:
         """The composefs repository."""
         return self.physical_root / "composefs"
+
+    @property
+    def store(self) -> Path:
+        """The containers-storage that holds images of hosts with unified storage, and bound images."""
+        return self.repository / "bootc/storage"
+
+    @property
+    def store_link(self) -> Path:
+        """Leads to the directory of that store; bootc, and /usr/lib/bootc/storage of images, go this way."""
+        return self.physical_root / "ostree/bootc"
+
+    @property
+    def store_runs(self) -> Path:
+        """What podman keeps of that store while the host runs."""
+        return self.run_dir.with_name("bootc") / "storage"
 
     @property
     def deployments(self) -> Path:
