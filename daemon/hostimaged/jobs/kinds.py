@@ -53,6 +53,7 @@ KINDS: Final = {
     "kargs": Kind(Access.ALONE, "staging"),
     "unify": Kind(Access.ALONE, "pulling"),
     "recover": Kind(Access.ALONE, "staging"),
-    # Never a job of its own: what jobs end with.
+    # Never jobs of their own: what comes before staging, and what jobs end with.
+    "bound": Kind(Access.UNLOCKED, "pulling"),
     "soft-reboot": Kind(Access.ALONE, "staging"),
 }

@@ -14,6 +14,7 @@ from hostimaged.oci.reference import parse_named
 
 #: A tag in front of a digest.
 _TAG: Final = re.compile(r":[^/:@]*(?=@)")
+_ANY_TAG: Final = re.compile(r":[^/:]*\Z")
 _DIGEST: Final = re.compile(r"@(sha256:[0-9a-f]{64})\Z")
 #: What podman puts images under that were built, or named without a registry, on the host.
 _LOCALHOST: Final = "localhost"
@@ -48,6 +49,12 @@ class StoreName:
         """The digest in the name, or ""."""
         found = _DIGEST.search(self.normal)
         return "" if found is None else found[1]
+
+    @property
+    def repository(self) -> str:
+        """``normal`` less the tag or the digest."""
+        path = self.normal.partition("@")[0]
+        return _ANY_TAG.sub("", path)
 
     def means(self, stored: str) -> bool:
         """Whether an image that is called ``stored`` in a store is, or may be, what this names."""
