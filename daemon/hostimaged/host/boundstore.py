@@ -16,6 +16,7 @@ from hostimaged.oci.storage.contents import digests
 from hostimaged.oci.storage.names import StoreName
 from hostimaged.oci.storage.store import Store, StoreMissing
 from hostimaged.progress import Phase
+from hostimaged.system.process import find_program
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def fetch(paths: HostPaths, bound: Iterable[BoundImage], reporter: Reporter) -> 
     wanted = missing(paths, bound)
     if not wanted:
         return {}
+    # Before a store is made that nothing would fill.
+    find_program("podman")
     reporter.phase(Phase.PULLING)
     with private_directory(paths.temporary, "bound-") as work:
         owned.ensure(paths, work, reporter.at)
