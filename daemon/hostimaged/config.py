@@ -33,6 +33,7 @@ class Settings(BaseModel):
     for a lock. ``max_live_entries``: deployments in the boot menu; beyond two, pinned ones get an entry, and
     bootc refuses to roll back. ``keep_pulled``: days that a pulled image stays which is not that to follow.
     ``minimum_free``: MiB on the file system of the repository; where less is free, such an image goes before.
+    ``unified``: pull through the containers-storage of the host, which shares its files with the repository.
     ``update_policy``: how far updates go without being asked, until somebody chooses (SetUpdatePolicy).
     """
 
@@ -51,6 +52,7 @@ class Settings(BaseModel):
     max_live_entries: int = Field(default=2, ge=2, le=10)
     keep_pulled: int = Field(default=30, ge=0, le=36500)
     minimum_free: int = Field(default=0, ge=0, le=1 << 32)
+    unified: bool = False
     update_policy: Literal["none", "check", "download", "stage"] = "none"
 
 

@@ -5,6 +5,7 @@ Two kinds never compare equal, and mixing them is a type error. Printed digests 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Final, Self
@@ -54,6 +55,11 @@ class OciDigest:
     def of_hash(cls, hexdigest: str) -> Self:
         """From the hex digits of a finished sha256."""
         return cls("sha256:" + hexdigest)
+
+    @classmethod
+    def of_content(cls, content: bytes) -> Self:
+        """The digest of ``content``."""
+        return cls.of_hash(hashlib.sha256(content).hexdigest())
 
     def __str__(self) -> str:
         return self.value

@@ -28,6 +28,12 @@ class Reporter(Protocol):
     def advance(self, count: int) -> None:
         """``count`` more (compressed) bytes were read from the source, since the last call."""
 
+    def importing(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes that were fetched into containers-storage are in the repository too.
+
+        Called before the first ``totals`` where that is still to come.
+        """
+
     def generating(self, done: int, total: int) -> None:
         """``done`` of ``total`` EROFS images are made."""
 
@@ -52,6 +58,9 @@ class Silent:
         """Ignore."""
 
     def advance(self, count: int) -> None:
+        """Ignore."""
+
+    def importing(self, done: int, total: int) -> None:
         """Ignore."""
 
     def generating(self, done: int, total: int) -> None:

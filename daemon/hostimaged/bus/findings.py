@@ -119,7 +119,8 @@ class HostRow(Hyphened):
 class Findings(Hyphened):
     """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc.
 
-    ``contents``: what sizes of deployments depend on (``hostimaged.host.sizes``).
+    ``contents``: what sizes of deployments depend on (``hostimaged.host.sizes``). ``stored_names``: what is
+    in the store of the host, by name.
     """
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
@@ -127,7 +128,7 @@ class Findings(Hyphened):
     unsettled: bool = False
     host: HostRow | None = None
     bootc: dict[str, Any] = Field(default_factory=dict)
-    unified: bool = False
+    stored_names: Annotated[list[_Text], Field(max_length=1000)] = Field(default_factory=list)
     contents: _Text = ""
     repository: RepositoryRow | None = None
     images: list[ImageRow] = Field(default_factory=list)

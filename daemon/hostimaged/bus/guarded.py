@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.requests import make_request
-from hostimaged.bus.unbuilt import refuse_unbuilt
 from hostimaged.errors import Internal
 from hostimaged.jobs.job import Apply, Initiator, Terms
 from hostimaged.jobs.operations import (
@@ -23,6 +22,7 @@ from hostimaged.jobs.operations import (
     Rollback,
     Stage,
     Switch,
+    Unify,
     Unstage,
     Upgrade,
     Verify,
@@ -78,7 +78,6 @@ class GuardedMethods:
         await self._known()
         prepare = partial(make_request, member, call.body, self._model, deployment)
         async with self._gate.passed(call, prepare, learn=self._callers.learn_unit) as (caller, request):
-            refuse_unbuilt(request)
             match member:
                 case Member.HOLD_UPDATES:
                     await self._holds.set(*request.arguments)
@@ -95,8 +94,9 @@ class GuardedMethods:
         options = request.options
         if _APPLY[options.get("apply", "none")] is Apply.SOFT_REBOOT:
             self._model.check_soft_reboot(request)
+        self._model.check_unified(request)
         job = await self._queue.submit(
-            operation_of(request, self._model.settings),
+            operation_of(request, self._model.settings, unified=self._model.unifies(request)),
             Initiator(caller.uid, options.get("client-id", ""), caller.name, self._callers.unit(caller)),
             Terms(
                 background=options.get("background", False),
@@ -110,8 +110,8 @@ class GuardedMethods:
         return job.path
 
 
-def operation_of(request: Request, settings: Settings) -> Operation:
-    """The worker's operation for a request that starts a job."""
+def operation_of(request: Request, settings: Settings, *, unified: bool = False) -> Operation:
+    """The worker's operation for a request that starts a job; ``unified``: images go through the store."""
     options = request.options
     waits: dict[str, Any] = {"lock_timeout": settings.lock_timeout}
     staging: dict[str, Any] = {
@@ -123,6 +123,7 @@ def operation_of(request: Request, settings: Settings) -> Operation:
         "expect_digest": options.get("expect-digest"),
         "verity": settings.verity,
         "sharing": options.get("sharing", "auto"),
+        "unified": unified,
     }
     match request.member:
         case Member.CHECK:
@@ -138,6 +139,9 @@ def operation_of(request: Request, settings: Settings) -> Operation:
             return Switch(reference=request.reference, **fetching, **staging, **waits)
         case Member.STAGE:
             return Stage(manifest_digest=request.digest, reference=request.reference, **staging, **waits)
+        case Member.SET_UNIFIED:
+            (wanted,) = request.arguments
+            return Unify(reference=request.reference, unified=wanted, verity=settings.verity, **waits)
         case Member.ROLLBACK:
             return Rollback(**waits)
         case Member.CANCEL_ROLLBACK:

@@ -14,9 +14,10 @@ from hostimaged.bus.authorization import Member
 from hostimaged.bus.findings import Problem
 from hostimaged.bus.requests import tracked_reference
 from hostimaged.bus.status import to_variants
-from hostimaged.errors import InvalidReference, PreconditionFailed
+from hostimaged.errors import HostimageError, InvalidReference, PreconditionFailed
 from hostimaged.jobs.kinds import KINDS
 from hostimaged.oci.reference import ImageReference
+from hostimaged.oci.storage.naming import name_in_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,6 +117,30 @@ class Model:
         staged = any(row.staged and not row.locked for row in findings.deployments)
         return staged or findings.rollback_queued
 
+    @property
+    def unified(self) -> bool:
+        """Whether images go through the store of the host: what is followed, runs or is staged is there."""
+        rows = [row.image for row in self._status.findings.deployments if row.booted or row.staged]
+        return self.settings.unified or any(map(self._is_stored, [self.tracked_image, *rows]))
+
+    def unifies(self, request: Request) -> bool:
+        """Whether what is asked for goes through the store: as the caller says, else as the host has it."""
+        return bool(request.options.get("unified", self.unified or self._is_stored(request.reference)))
+
+    def _is_stored(self, image: str) -> bool:
+        try:
+            return (
+                bool(image)
+                and name_in_store(ImageReference.parse(image)) in self._status.findings.stored_names
+            )
+        except HostimageError:
+            return False
+
+    def check_unified(self, request: Request) -> None:
+        """Raise ``PreconditionFailed`` if unified storage is to end, and the settings say otherwise."""
+        if request.member is Member.SET_UNIFIED and self.settings.unified and not request.arguments[0]:
+            raise PreconditionFailed("the settings of this host say unified = true")
+
     def check_soft_reboot(self, request: Request) -> None:
         """Raise ``PreconditionFailed`` if the deployment that is meant is known not to be reached by one.
 
@@ -161,7 +186,7 @@ class Model:
             "NextCheck": 0,
             "Holds": self._holds.reasons,
             "Problems": [[problem.id, problem.severity, problem.text] for problem in self._problems()],
-            "Unified": findings.unified,
+            "Unified": self.unified,
             "RepositorySize": _sizes(findings),
         }
 

@@ -121,6 +121,11 @@ def make_request(member: Member, body: Sequence[Any], world: World, deployment: 
             return Request(member, options, image, str(ImageReference.parse(image)), digest)
         case Member.STAGE:
             return _stage(options, arguments[0], world)
+        case Member.SET_UNIFIED:
+            (unified,) = arguments
+            # What ends need not be named.
+            named = _reference("", world) if unified else tracked_reference(world.tracked_image)
+            return Request(member, options, "", named, arguments=(unified,))
         case Member.DIFF:
             return Request(member, options, deployment=deployment, arguments=(_other(arguments[0], world),))
         case _:

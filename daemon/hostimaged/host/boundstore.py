@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.errors import HostimageError, ImageNotFound
 from hostimaged.host import storerecord
+from hostimaged.host.storelabels import labeller
 from hostimaged.oci.reference import ImageReference
 from hostimaged.oci.storage import owned
-from hostimaged.oci.storage.contents import digests
 from hostimaged.oci.storage.names import StoreName
 from hostimaged.oci.storage.store import Store, StoreMissing
 from hostimaged.progress import Phase
@@ -72,7 +72,7 @@ def fetch(paths: HostPaths, bound: Iterable[BoundImage], reporter: Reporter) -> 
     find_program("podman")
     reporter.phase(Phase.PULLING)
     with private_directory(paths.temporary, "bound-") as work:
-        owned.ensure(paths, work, reporter.at)
+        owned.ensure(paths, work, reporter.at, labeller(paths))
         with owned.podman(paths, work, lambda: reporter.at("bound.podman")) as podman:
             for count, image in enumerate(wanted, 1):
                 reporter.message(f"fetching {image.image}, bound image {count} of {len(wanted)}")
@@ -89,9 +89,10 @@ def _pull(podman: Podman, image: BoundImage, reporter: Reporter) -> None:
 
 def _remember(paths: HostPaths, image: BoundImage) -> None:
     """Note that we put it there, so that it goes as soon as nothing needs it; it must be there."""
-    found = find(_images(paths, LOCK_TIMEOUT), image.name)
-    if found is None:
-        raise ImageNotFound(f"podman pulled {image.image}, but it is not in {paths.store}")
+    with Store.open(paths.store, lock_timeout=LOCK_TIMEOUT) as store:
+        found = find(store.images(), image.name)
+        if found is None or not found.complete:
+            raise ImageNotFound(f"podman pulled {image.image}, but it is not in {paths.store}")
     storerecord.write(paths.store_record, storerecord.read(paths.store_record) | {found.id})
 
 
@@ -103,7 +104,7 @@ def find(there: Iterable[StoredImage], name: StoreName) -> StoredImage | None:
 def _is(image: StoredImage, name: StoreName) -> bool:
     if any(name.means(one) for one in image.names):
         return True
-    if not name.digest or name.digest not in digests(image):
+    if not name.digest or name.digest not in image.digests:
         return False
     # The same digest under another name of the same repository; podman would find it by that as well.
     return any(StoreName.parse(one).repository == name.repository for one in image.names)

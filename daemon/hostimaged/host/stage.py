@@ -72,6 +72,9 @@ FAULT_POINTS: Final = (
 #: bootc's rollback takes two entries for granted (deployments.md 13).
 BOOTC_ENTRIES: Final = 2
 
+#: In place of a ``Result``: nothing is staged yet, bound images are to be fetched first.
+BOUND_MISSING: Final = "bound-missing"
+
 
 class Result(StrEnum):
     """What came of a request; never silently nothing."""
@@ -85,8 +88,6 @@ class Result(StrEnum):
     SAME_AS_ROLLBACK = "same-as-rollback"
     #: It is another deployment that is there; making it the default is what gets there.
     SAME_AS_OTHER = "same-as-other"
-    #: Nothing is staged yet: images that it is bound to have to be fetched first.
-    BOUND_MISSING = "bound-missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,7 @@ class _Stage:
         new.require_space(freed=cleanup.staged_only_bytes(self._session, self._state))
         bound = boundimages.read(new.tree, self._session.repository)
         if self._lacks(bound):
-            return self._result(Result.BOUND_MISSING)
+            return self._result(BOUND_MISSING)
         self._at("stage.planned")
         path = self._session.paths.transaction
         try:
@@ -228,7 +229,7 @@ class _Stage:
             return self._result(Result.ALREADY_CURRENT)
         if row.role is Role.STAGED:
             if self._lacks(boundimages.of_deployment(self._session.repository, self.id)):
-                return self._result(Result.BOUND_MISSING)
+                return self._result(BOUND_MISSING)
             self._change_staged(row)
             return self._result(Result.ALREADY_STAGED)
         if row.live is None:
@@ -348,7 +349,7 @@ class _Stage:
         if staged is None or staged.id != self.id or written != files:
             raise BootLoaderError(f"deployment {self.id} was written, but is not found as the staged one")
 
-    def _result(self, result: Result, etc: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _result(self, result: str, etc: dict[str, Any] | None = None) -> dict[str, Any]:
         found: dict[str, Any] = {
             "result": str(result),
             "deployment": str(self.id),

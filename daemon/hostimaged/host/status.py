@@ -17,6 +17,7 @@ from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
 from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
+from hostimaged.host.unified import stored_names
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _scan(
     for image in found["images"]:
         image["deployed"] = image.get("manifest-digest") in deployed
     found["problems"] += [_problem(problem) for problem in (*problems, *state.problems)]
+    found["stored-names"] = stored_names(paths)
     return found | deployments(state, bound) | {"bootc": bootc_v1.document(state)}
 
 

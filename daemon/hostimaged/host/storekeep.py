@@ -21,8 +21,9 @@ from hostimaged.ids import DeploymentId
 from hostimaged.oci import pulls
 from hostimaged.oci.boot_refs import boot_refs
 from hostimaged.oci.reference import Transport
-from hostimaged.oci.storage.contents import Contents, called, digests
+from hostimaged.oci.storage.contents import Contents, called
 from hostimaged.oci.storage.names import StoreName
+from hostimaged.oci.storage.naming import name_in_store
 from hostimaged.oci.storage.store import Store, StoredImage, StoreMissing
 from hostimaged.system.process import find_program
 
@@ -72,7 +73,7 @@ class Wanted:
     def reasons(self, image: StoredImage) -> tuple[str, ...]:
         """Why ``image`` stays; () if it does not."""
         found = list(self.ids.get(image.id, ()))
-        for digest in sorted(digests(image)):
+        for digest in sorted(image.digests):
             found += self.digests.get(digest, ())
         found += [reason for name, reason in self.names if any(name.means(one) for one in image.names)]
         return tuple(dict.fromkeys(found))
@@ -220,8 +221,10 @@ def _add_bound(wanted: Wanted, bound: Iterable[boundimages.BoundImage], who: str
 
 def names_of(reference: OriginReference) -> Iterator[StoreName]:
     """The names that an image has in a store which was pulled from ``reference``."""
-    # bootc's own, for other transports than registries.
+    # bootc's own, for other transports than registries; and ours.
     yield StoreName(reference.image_text)
+    if reference.image is not None:
+        yield StoreName.parse(name_in_store(reference.image))
     if reference.transport is Transport.DOCKER:
         yield StoreName.parse(reference.name)
     elif reference.transport is Transport.CONTAINERS_STORAGE:
@@ -275,7 +278,7 @@ def _add_listed(contents: Contents, reasons: dict[str, list[str]]) -> None:
         if reasons[image.id] and not image.tops:
             listed.update(dict.fromkeys(_instances(image), f"part of the list {called(image)}, which stays"))
     for image in contents.images:
-        reasons[image.id] += sorted({listed[digest] for digest in digests(image) if digest in listed})
+        reasons[image.id] += sorted({listed[digest] for digest in image.digests if digest in listed})
 
 
 def _instances(image: StoredImage) -> Iterator[str]:
@@ -301,7 +304,7 @@ def find(plan: StorePlan, what: str) -> StoredImage:
     tests: tuple[Callable[[StoredImage], bool], ...] = (
         lambda image: image.id == identifier,
         lambda image: any(name.means(one) for one in image.names),
-        lambda image: text in digests(image),
+        lambda image: text in image.digests,
         lambda image: len(identifier) >= _SHORT and image.id.startswith(identifier),
     )
     for test in tests:

@@ -19,6 +19,7 @@ from hostimaged.jobs.events import (
     ErrorEvent,
     Event,
     GeneratingEvent,
+    ImportingEvent,
     MessageEvent,
     PausedEvent,
     PhaseEvent,
@@ -112,6 +113,10 @@ class Channel:
             self._bytes += count
             if time.monotonic() - self._sent_at >= _BYTES_INTERVAL:
                 self._send_bytes()
+
+    def importing(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes of containers-storage are in the repository."""
+        self._send(ImportingEvent(done=done, total=total))
 
     def generating(self, done: int, total: int) -> None:
         """``done`` of ``total`` EROFS images are made."""

@@ -44,6 +44,14 @@ class BytesEvent(_Event):
     done: _Size
 
 
+class ImportingEvent(_Event):
+    """``done`` of ``total`` bytes that were fetched into containers-storage are in the repository too."""
+
+    event: Literal["importing"] = "importing"
+    done: _Size
+    total: _Size
+
+
 class GeneratingEvent(_Event):
     """``done`` of ``total`` images are made."""
 
@@ -108,6 +116,7 @@ Event = (
     PhaseEvent
     | TotalsEvent
     | BytesEvent
+    | ImportingEvent
     | GeneratingEvent
     | MessageEvent
     | StatusEvent

@@ -51,9 +51,10 @@ KINDS: Final = {
     "repair": Kind(Access.ALONE, "verifying"),
     "pin": Kind(Access.ALONE, "staging"),
     "kargs": Kind(Access.ALONE, "staging"),
-    "unify": Kind(Access.ALONE, "pulling"),
+    "unify": Kind(Access.SHARED, "pulling"),
     "recover": Kind(Access.ALONE, "staging"),
-    # Never jobs of their own: what comes before staging, and what jobs end with.
-    "bound": Kind(Access.UNLOCKED, "pulling"),
+    # Never jobs of their own: what jobs go on, or end, with.
+    "import": Kind(Access.SHARED, "pulling"),
+    "bound": Kind(Access.ALONE, "pulling"),
     "soft-reboot": Kind(Access.ALONE, "staging"),
 }

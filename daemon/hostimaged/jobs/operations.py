@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: An order is a few strings.
 MAX_ORDER: Final = 64 << 10
 
-#: What came of a staging before which other images have to be fetched (``host.stage.Result``).
+#: What came of a staging before which other images have to be fetched (as in ``host.stage``).
 BOUND_MISSING: Final = "bound-missing"
 
 #: In the result of a job that a soft reboot was to follow: whether what boots next is prepared, or what runs.
@@ -143,17 +143,52 @@ class _OfImage(_Operation):
 
 
 class _Fetch(_OfImage):
-    """Fetch the image ``reference`` into the repository."""
+    """Fetch the image ``reference`` into the repository.
+
+    ``unified``: first into the store of the host, by podman, and from there in a worker of fewer privileges.
+    """
 
     expect_digest: str | None = Field(default=None, max_length=128)
     verity: Literal["require", "opportunistic"] = "require"
     sharing: Literal["copy", "auto", "require"] = "auto"
+    unified: bool = False
     lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
 
     @property
     def identity(self) -> Hashable:
         """See ``_Operation``."""
-        return (self.kind, self.reference, self.expect_digest, self.sharing)
+        return (self.kind, self.reference, self.expect_digest, self.sharing, self.unified)
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.STORE if self.unified else super().profile
+
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """See ``_Operation``."""
+        if not self.unified:
+            return self._after(result)
+        if not result["unified"]:
+            return self.model_copy(update={"unified": False})  # type: ignore[return-value]
+        return Import(
+            reference=self.reference,
+            image_id=str(result["image-id"]),
+            source_digest=str(result["source-digest"]),
+            fetched=bool(result["bytes-fetched"]),
+            verity=self.verity,
+            sharing=self.sharing,
+            lock_timeout=self.lock_timeout,
+            **self._staging(),
+        )
+
+    def _after(self, result: Mapping[str, Any]) -> Operation | None:
+        """What follows once the image is in the repository."""
+        del result
+        return None
+
+    def _staging(self) -> dict[str, Any]:
+        """How it is staged then."""
+        return {}
 
 
 class Pull(_Fetch):
@@ -174,8 +209,16 @@ class _Update(_Fetch):
         """See ``_Operation``."""
         return (super().identity, self.download_only, self.allow_downgrade)
 
-    def then(self, result: Mapping[str, Any]) -> Operation | None:
-        """See ``_Operation``; raises ``UnsupportedImage`` for what is no operating system."""
+    def _staging(self) -> dict[str, Any]:
+        return {
+            "stages": True,
+            "download_only": self.download_only,
+            "allow_downgrade": self.allow_downgrade,
+            "max_entries": self.max_entries,
+        }
+
+    def _after(self, result: Mapping[str, Any]) -> Operation | None:
+        """Raises ``UnsupportedImage`` for what is no operating system."""
         if result.get("artifact"):
             raise UnsupportedImage(f"{self.reference} is an artifact, not an operating system")
         return Stage(
@@ -213,6 +256,47 @@ class Switch(_Update):
     """Fetch and stage another image, which updates follow from then on."""
 
     kind: Literal["switch"] = "switch"
+
+
+class Import(_Update):
+    """Bring an image of the store of the host into the repository: the second part of a unified pull.
+
+    ``source_digest``: of its manifest where it came from. ``fetched``: the first part had to fetch something.
+    """
+
+    kind: Literal["import"] = "import"
+    image_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    source_digest: str = Field(max_length=128)
+    fetched: bool = False
+    stages: bool = False
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.PULL_STORAGE
+
+    def _after(self, result: Mapping[str, Any]) -> Operation | None:
+        return super()._after(result) if self.stages else None
+
+
+class Unify(_OfImage):
+    """Have the image that updates follow in the store of the host, or no image of a deployment any more."""
+
+    kind: Literal["unify"] = "unify"
+    reference: str = Field(default="", max_length=MAX_LENGTH)
+    unified: bool
+    verity: Literal["require", "opportunistic"] = "require"
+    lock_timeout: float = Field(default=60.0, ge=0, le=3600, allow_inf_nan=False)
+
+    @property
+    def identity(self) -> Hashable:
+        """See ``_Operation``."""
+        return (self.kind, self.reference, self.unified)
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.STORE
 
 
 class _HostOperation(_Operation):
@@ -512,6 +596,8 @@ Operation = Annotated[
     | SetPolicy
     | Upgrade
     | Switch
+    | Import
+    | Unify
     | Stage
     | PullBound
     | Rollback

@@ -17,6 +17,7 @@ from hostimaged.jobs.events import (
     BytesEvent,
     Event,
     GeneratingEvent,
+    ImportingEvent,
     MessageEvent,
     PausedEvent,
     PhaseEvent,
@@ -370,6 +371,8 @@ class JobQueue:
             case BytesEvent(done=done):
                 job.progress.set_bytes(done)
                 return
+            case ImportingEvent(done=done, total=total):
+                job.progress.set_imported(done, total)
             case GeneratingEvent(done=done, total=total):
                 job.progress.set_generated(done, total)
                 return

@@ -21,6 +21,10 @@ def pull(
     paths: HostPaths, operation: operations.Pull | operations.Upgrade | operations.Switch, channel: Channel
 ) -> dict[str, Any]:
     """Fetch an image; whatever the outcome, tell the daemon what the repository holds now."""
+    if operation.unified:
+        from hostimaged.jobs.store_work import fetch
+
+        return fetch(paths, operation, channel)
     from hostimaged.composefs.repository import Sharing, Verity
     from hostimaged.host.followed import demands_signature
     from hostimaged.oci.pull import pull_image

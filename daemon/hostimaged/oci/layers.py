@@ -281,6 +281,10 @@ class StoppableReporter:
         """Pass on."""
         self._reporter.advance(count)
 
+    def importing(self, done: int, total: int) -> None:
+        """Pass on."""
+        self._reporter.importing(done, total)
+
     def generating(self, done: int, total: int) -> None:
         """Pass on."""
         self._reporter.generating(done, total)

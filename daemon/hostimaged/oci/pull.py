@@ -34,6 +34,8 @@ from hostimaged.progress import Phase
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hostimaged.composefs.erofs.format import Format
     from hostimaged.composefs.repository import Verity
     from hostimaged.ids import ConfigDigest, DiffId, ObjectId, SourceDigest
@@ -123,6 +125,7 @@ def pull_image(
     patience: Patience = DEFAULT_PATIENCE,
     signed: bool = False,
     sharing: Sharing = Sharing.AUTO,
+    opener: Callable[[Reporter], ImageSource] | None = None,
 ) -> PullResult:
     """Pull ``reference`` into the repository of ``paths``, which is made if there is none (with ``verity``).
 
@@ -132,7 +135,7 @@ def pull_image(
     on where it stopped. With ``expect_digest`` the digest of the manifest, here or at the source, must be
     that one. A registry that is out of reach for a moment is asked again, within ``patience``. ``signed``:
     the signature policy has to demand a signature of the image. ``sharing``: how files of containers-storage
-    become objects.
+    become objects. ``opener`` opens what was fetched from ``reference`` before, and is no longer to be asked.
 
     Raises ``SharingImpossible`` where they would have to be copied and must not be;
     ``PreconditionFailed``; ``LockTimeout``, ``ReadOnly``, ``NoSpace``,
@@ -153,8 +156,12 @@ def pull_image(
         repository.check_writable()
         stoppable.at("pull.opened")
         with private_directory(paths.temporary, "pull-") as work_dir:
-            with open_source(
-                reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
+            with (
+                open_source(
+                    reference, paths, work_dir, stoppable, patience, signed=signed, lock_timeout=lock_timeout
+                )
+                if opener is None
+                else opener(stoppable)
             ) as source:
                 pull = _Pull(repository, reference, stoppable, sharing)
                 image, layers_found = pull.fetch(source, expect_digest)

@@ -26,6 +26,7 @@ from hostimaged.oci.reference import ImageReference, Transport
 from hostimaged.oci.skopeo_errors import ENDED, fatal_message, mapped
 from hostimaged.oci.source import FetchedManifest, verified
 from hostimaged.system.process import cleaned_environment, spawn, stop
+from hostimaged.system.workdir import used_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -295,22 +296,13 @@ def _watch(
             process.wait(_SLICE)
         except subprocess.TimeoutExpired:
             reporter.at(WAITING)
-            now = _used(work_dir)
+            now = used_bytes(work_dir)
             if now != size:
                 size, last = now, time.monotonic()
             elif time.monotonic() - last >= silence:
                 raise Unavailable(f"{reference}: no data came for {silence:.0f} s") from None
         else:
             return
-
-
-def _used(directory: Path) -> int:
-    total = 0
-    for parent, _directories, files in os.walk(directory):
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
 
 
 def _global_options(containers: ContainersConfig) -> list[str]:

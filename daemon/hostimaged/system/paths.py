@@ -15,6 +15,10 @@ BOOT_IN_ROOT: Final = "/boot"
 _STORAGE: Final = "var/lib/containers/storage"
 #: Where podman finds the store of the host (``HostPaths.store``), in mounts that it alone sees (bootc).
 STORE_ALIAS: Final = Path("/run/bootc/storage")
+#: Where podman finds a private directory of the job that runs it, and skopeo what root's own store keeps for
+#: the time of a boot: in the same mounts.
+SHARED_PLACE: Final = Path("/run/bootc/job")
+STORE_RUNS: Final = Path("/run/containers/storage")
 #: What podman and skopeo find on the machine, unless their mounts show something else there: configuration,
 #: where they keep things, and what is kept for the time of a boot.
 CONTAINERS_CONFIGURATION: Final = Path("/etc/containers")

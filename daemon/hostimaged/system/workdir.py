@@ -40,6 +40,16 @@ def private_directory(parent: Path, prefix: str) -> Iterator[Path]:
         os.close(fd)
 
 
+def used_bytes(directory: Path) -> int:
+    """Bytes of the files below ``directory`` as they grow; what goes meanwhile does not count."""
+    total = 0
+    for parent, _directories, files in os.walk(directory):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
 def _remove_abandoned(parent: Path) -> None:
     for path in parent.iterdir():
         with contextlib.suppress(OSError, LockTimeout):

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from hostimage_dbus.transport import Variant
-from hostimaged.bus import unbuilt
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.findings import ImageRow
 from hostimaged.bus.guarded import operation_of
 from hostimaged.bus.requests import OPERATIONS, Request, make_request, newest_of
 from hostimaged.config import Settings
-from hostimaged.errors import ImageNotFound, Internal, InvalidArgs, InvalidReference, NotSupported
-from hostimaged.jobs.operations import Check, Pull
+from hostimaged.errors import ImageNotFound, Internal, InvalidArgs, InvalidReference
+from hostimaged.jobs.operations import Check, Pull, Unify
 
 DIGEST = {name: "sha256:" + name * 64 for name in "abcde"}
 TRACKED = "docker://registry.example/os:latest"
@@ -161,16 +160,16 @@ def test_every_guarded_member_has_a_name_for_rules() -> None:
     assert OPERATIONS.keys() == set(Member) - open_members
 
 
-def test_what_is_built_and_what_is_not() -> None:
+def test_requests_become_operations() -> None:
     settings = Settings()
     pull = operation_of(ask(Member.PULL, "", expect_digest=DIGEST["a"]), settings)
     assert pull == Pull(reference=TRACKED, expect_digest=DIGEST["a"])
     assert operation_of(ask(Member.CHECK, "oci:/x"), settings) == Check(reference="oci:/x")
-    for member in unbuilt.MEMBERS:
-        with pytest.raises(NotSupported, match=str(member)):
-            unbuilt.refuse_unbuilt(Request(member))
-        with pytest.raises(Internal):
-            operation_of(Request(member), settings)
-    with pytest.raises(NotSupported, match="option unified"):
-        unbuilt.refuse_unbuilt(Request(Member.PULL, {"unified": True}))
-    unbuilt.refuse_unbuilt(Request(Member.PULL, {"unified": False}))
+    unified = operation_of(ask(Member.PULL, ""), settings, unified=True)
+    assert unified == Pull(reference=TRACKED, unified=True)
+    assert unified.identity != operation_of(ask(Member.PULL, ""), settings).identity
+    begin = operation_of(ask(Member.SET_UNIFIED, True), settings)
+    assert begin == Unify(reference=TRACKED, unified=True)
+    assert operation_of(ask(Member.SET_UNIFIED, False), settings) == Unify(reference=TRACKED, unified=False)
+    with pytest.raises(Internal):
+        operation_of(Request(Member.GET_STATUS), settings)

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostimaged.jobs.progress import BYTES_WEIGHT, INTERVAL, Progress
+from hostimaged.jobs.progress import BYTES_WEIGHT, IMPORT_WEIGHT, INTERVAL, Progress
 
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("totals"), st.integers(0, 1000), st.integers(0, 2000)),
         st.tuples(st.just("bytes"), st.integers(0, 2000)),
+        st.tuples(st.just("imported"), st.integers(0, 2000), st.integers(0, 1000)),
         st.tuples(st.just("generated"), st.integers(0, 5), st.integers(0, 4)),
     ),
     max_size=30,
@@ -47,6 +48,22 @@ def test_fraction_is_the_share_of_bytes_and_images() -> None:
     assert progress.fraction == pytest.approx(BYTES_WEIGHT)
     progress.set_generated(1, 2)
     assert progress.fraction == pytest.approx(0.95)
+    progress.set_generated(2, 2)
+    assert progress.fraction == pytest.approx(0.99)
+
+
+def test_r26_what_is_fetched_first_and_imported_then_is_one_progress() -> None:
+    progress = Progress(0.0)
+    progress.set_imported(0, 1000)
+    assert progress.fraction == -1.0
+    progress.set_totals(1000, 500)
+    assert progress.fraction == pytest.approx(0.32)
+    progress.set_bytes(500)
+    assert progress.fraction == pytest.approx(BYTES_WEIGHT - IMPORT_WEIGHT)
+    progress.set_imported(500, 1000)
+    assert progress.fraction == pytest.approx(0.77)
+    progress.set_imported(1000, 1000)
+    assert progress.fraction == pytest.approx(BYTES_WEIGHT)
     progress.set_generated(2, 2)
     assert progress.fraction == pytest.approx(0.99)
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from hostimaged.oci.storage.store import Store, StoredImage
 
-_MANIFEST: Final = "manifest-"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Bytes of a block in st_blocks.
 _BLOCK: Final = 512
@@ -78,12 +77,6 @@ class Contents:
                 found.add(layer)
                 layer = self.parents[layer]
         return found
-
-
-def digests(image: StoredImage) -> frozenset[str]:
-    """The digests of the manifests by which ``image`` is known, that of a list that it came from too."""
-    named = {name.removeprefix(_MANIFEST) for name in image.data if name.startswith(_MANIFEST)}
-    return frozenset(named | ({image.digest} if image.digest else set()))
 
 
 def called(image: StoredImage) -> str:

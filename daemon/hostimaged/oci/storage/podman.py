@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -25,6 +26,7 @@ from hostimaged.system.paths import (
     CONTAINERS_CONFIGURATION,
     CONTAINERS_HOME,
     RESOLVER,
+    SHARED_PLACE,
     STORE_ALIAS,
     VOLATILE,
 )
@@ -67,6 +69,9 @@ runroot = "{RUNROOT}"
 [storage.options]
 pull_options = {{enable_partial_images = "false"}}
 """
+#: The store, for podman.
+_WHERE: Final = ("--root", str(STORE_ALIAS), "--runroot", RUNROOT, "--storage-driver", "overlay")
+_VERSION: Final = re.compile(rb"(\d+)\.(\d+)")
 _CONTAINERS_CONF: Final = '[engine]\nevents_logger = "none"\n'
 
 
@@ -83,6 +88,8 @@ class Podman:
     def __init__(self, paths: HostPaths, store: Path, work_dir: Path, check: Callable[[], None]) -> None:
         find_program("podman")
         self.work_dir = work_dir
+        #: Where podman finds ``work_dir``, too.
+        self.shared_place = SHARED_PLACE
         self.check = check
         self._paths = paths
         self._closing = contextlib.ExitStack()
@@ -94,7 +101,7 @@ class Podman:
             self._runs = runs
             self._environment = self._configured()
             try:
-                self._mounts = PrivateMounts(lambda: _arrange(paths, store))
+                self._mounts = PrivateMounts(lambda: _arrange(paths, store, work_dir))
             except OSError as error:
                 raise from_os_error(error, "cannot give podman mounts of its own") from error
             stack.callback(self._mounts.close)
@@ -132,6 +139,13 @@ class Podman:
         """Make what a store has in an empty directory."""
         self.run(["images", "--quiet"])
 
+    def version(self) -> tuple[int, int]:
+        """Of podman: the first two numbers."""
+        found = _VERSION.search(self.run(["--version"]))
+        if found is None:
+            raise StorageError("podman does not tell its version")
+        return int(found[1]), int(found[2])
+
     def remove(self, images: Iterable[str]) -> None:
         """Remove images by id or name, with the layers that no other image has. A name goes alone if the
         image has others. What is not there is fine. Parents without a name stay: others may want them.
@@ -159,19 +173,19 @@ class Podman:
         reference: ImageReference | None = None,
         said: Callable[[str], None] | None = None,
         looked: Callable[[], None] | None = None,
-        own: bool = True,
+        program: str = "podman",
     ) -> bytes:
         """Run ``podman ARGUMENTS`` on the store to its end; gives what it writes to its standard output.
 
         ``said`` gets the lines it writes to its standard error, ``looked`` is called now and then.
-        ``reference``: the image that is fetched, for errors. Without ``own`` podman is not told which store:
-        it takes the one of the host, and knows ours as ``LOCATION``.
+        ``reference``: the image that is fetched, for errors. Another ``program`` is run in the same way, but
+        not told of the store: it knows it as ``LOCATION``.
 
         Raises the errors of sources of images where ``reference`` is given, else ``StorageError``; and
         ``NoSpace``, ``Unavailable`` for silence, and what ``check`` raises.
         """
-        with _private_file(self.work_dir) as out, _private_file(self.work_dir) as log:
-            process = self.start(arguments, stdout=out, stderr=log, own=own)
+        with private_file(self.work_dir) as out, private_file(self.work_dir) as log:
+            process = self.start(arguments, stdout=out, stderr=log, program=program)
             try:
                 lines = _Lines(log, said)
                 self._watch(process, [out, log], lines, looked)
@@ -182,14 +196,14 @@ class Podman:
             return os.pread(out.fileno(), MAX_OUTPUT, 0)
 
     def start(
-        self, arguments: Sequence[str], *, stdout: IO[bytes], stderr: IO[bytes], own: bool = True
+        self, arguments: Sequence[str], *, stdout: IO[bytes], stderr: IO[bytes], program: str = "podman"
     ) -> subprocess.Popen[bytes]:
         """Start ``podman ARGUMENTS`` and give the process, which the caller stops."""
-        where = (
-            ["--root", str(STORE_ALIAS), "--runroot", RUNROOT, "--storage-driver", "overlay"] if own else []
-        )
-        environment = self._environment if own else _without(self._environment, "CONTAINERS_STORAGE_CONF")
-        command = ["sh", "-c", _OPEN_RUNROOT, f"/proc/self/fd/{self._runs}", find_program("podman")]
+        where: tuple[str, ...] = _WHERE
+        environment = self._environment
+        if program != "podman":
+            where, environment = (), _without(environment, "CONTAINERS_STORAGE_CONF")
+        command = ["sh", "-c", _OPEN_RUNROOT, f"/proc/self/fd/{self._runs}", find_program(program)]
         return self._mounts.call(
             lambda: spawn(
                 [*command, *where, *arguments],
@@ -277,7 +291,8 @@ def tail(log: IO[bytes]) -> str:
     return fatal_message(os.pread(log.fileno(), _TAIL, max(0, size - _TAIL)).decode("utf-8", "replace"))
 
 
-def _private_file(directory: Path) -> IO[bytes]:
+def private_file(directory: Path) -> IO[bytes]:
+    """A file without a name, on the file system of ``directory``."""
     try:
         return tempfile.TemporaryFile(dir=directory)
     except OSError as error:
@@ -306,9 +321,9 @@ def _credentials(containers: ContainersConfig) -> int:
     return fd
 
 
-def _arrange(paths: HostPaths, store: Path) -> None:
+def _arrange(paths: HostPaths, store: Path, work_dir: Path) -> None:
     """Mounts as podman needs them; see the module. Files are opened before anything hides them."""
-    kept = {STORE_ALIAS: store}
+    kept = {STORE_ALIAS: store, SHARED_PLACE: work_dir}
     resolver = RESOLVER.resolve()
     if _is_volatile(resolver):
         kept[resolver.parent] = resolver.parent

@@ -44,7 +44,8 @@ _OCI_LAYERS: Final = {
 class StorageSource:
     """One image of the stores that ``reference`` or the ``environment`` names; see the module.
 
-    ``system`` is the store of root. Raises ``ImageNotFound``, ``NotSupported`` and what ``Store`` raises.
+    ``system`` is the store of root; ``wanted`` is where ``reference`` was put, if that is not what it says.
+    Raises ``ImageNotFound``, ``NotSupported`` and what ``Store`` raises.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class StorageSource:
         *,
         lock_timeout: float,
         check: Callable[[], None],
+        wanted: StorageName | None = None,
     ) -> None:
         self._reference = reference
         self._check = check
-        wanted = StorageName.of(reference)
+        wanted = wanted or StorageName.of(reference)
         roots = (wanted.root,) if wanted.root is not None else default_roots(environment, system)
         self._stores = _opened(roots, lock_timeout, check)
         try:
@@ -85,6 +87,11 @@ class StorageSource:
         return found
 
     @property
+    def image(self) -> StoredImage:
+        """What was found."""
+        return self._image
+
+    @property
     def root(self) -> Path:
         """Where the files of layers are, in the store that has the image.
 
@@ -94,9 +101,12 @@ class StorageSource:
 
     def manifest(self) -> FetchedManifest:
         """The manifest that the image was stored with."""
-        raw = self._image.manifest()
+        raw = self._raw_manifest()
         digest = SourceDigest.of_hash(hashlib.sha256(raw).hexdigest())
         return FetchedManifest(to_oci(raw, self._reference), digest)
+
+    def _raw_manifest(self) -> bytes:
+        return self._image.manifest()
 
     def config(self, descriptor: Descriptor) -> bytes:
         """The configuration, verified."""
@@ -142,6 +152,37 @@ class StorageSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class FetchedSource(StorageSource):
+    """The image ``image_id`` of the store ``root``, which was fetched from ``reference`` before.
+
+    ``manifest_digest`` is the digest of its manifest at its source: a store keeps that one too, where it had
+    to write another for layers that came uncompressed.
+    """
+
+    def __init__(
+        self,
+        reference: ImageReference,
+        root: Path,
+        image_id: str,
+        manifest_digest: SourceDigest,
+        *,
+        lock_timeout: float,
+        check: Callable[[], None],
+    ) -> None:
+        self._manifest_digest = manifest_digest
+        wanted = StorageName(root, "", image_id)
+        super().__init__(reference, root, {}, lock_timeout=lock_timeout, check=check, wanted=wanted)
+
+    def _raw_manifest(self) -> bytes:
+        raw = self._image.manifest(self._manifest_digest)
+        actual = SourceDigest.of_hash(hashlib.sha256(raw).hexdigest())
+        if actual != self._manifest_digest:
+            raise DigestMismatch(
+                what=f"manifest of {self._reference}", expected=self._manifest_digest, actual=actual
+            )
+        return raw
 
 
 def _opened(roots: tuple[Path, ...], lock_timeout: float, check: Callable[[], None]) -> list[Store]:

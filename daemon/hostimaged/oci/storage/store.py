@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from hostimaged.ids import SourceDigest
+
 _DIRECTORIES: Final = ("overlay", "overlay-images", "overlay-layers")
 _IMAGES: Final = "overlay-images/images.json"
 _LAYERS: Final = "overlay-layers/layers.json"
@@ -39,6 +41,7 @@ _LOCKS: Final = {
 }
 #: An image or a layer takes some KiB.
 _MAX_INDEX: Final = 64 << 20
+_MANIFEST: Final = "manifest"
 #: Ids of images and layers.
 _ID: Final = re.compile(r"[0-9a-f]{64}\Z")
 #: Seconds that a lock is waited for. podman holds it while it unpacks a layer.
@@ -75,9 +78,24 @@ class StoredImage:
     #: The layers that it is made of, each with what is below it; none for a list of images.
     tops: tuple[str, ...] = ()
 
-    def manifest(self) -> bytes:
-        """Its manifest as it came: OCI's or docker's. Raises ``StoreDamaged``."""
-        return self.store.image_data(self.id, "manifest", MAX_MANIFEST)
+    def manifest(self, digest: SourceDigest | None = None) -> bytes:
+        """Its manifest as it is stored: OCI's or docker's; or the one of ``digest``, if that is kept.
+
+        The caller compares. Raises ``StoreDamaged``.
+        """
+        name = f"{_MANIFEST}-{digest}" if f"{_MANIFEST}-{digest}" in self.data else _MANIFEST
+        return self.store.image_data(self.id, name, MAX_MANIFEST)
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Digests of the manifests that it came with: of a list it was chosen from, too."""
+        kept = {name.removeprefix(f"{_MANIFEST}-") for name in self.data if name.startswith(f"{_MANIFEST}-")}
+        return frozenset(kept | ({self.digest} if self.digest else set()))
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has a configuration, and all its layers are in the store. Raises as ``layers`` does."""
+        return all(self.layers().values())
 
     def config(self) -> bytes:
         """Its configuration. Raises ``StoreDamaged``."""
@@ -195,6 +213,11 @@ class Store:
             tuple(filter(_is_id, (entry.get("layer"), *_texts(entry.get("mapped-layers"))))),
         )
 
+    def names(self) -> list[str]:
+        """The names of all images, read without a lock: the list is replaced as a whole."""
+        entries = (self._image(entry) for entry in self._parsed(_IMAGES))
+        return [name for image in entries if image is not None for name in image.names]
+
     def find(self, name: str) -> StoredImage | None:
         """The image that ``name`` means: its id, with ``sha256:`` or without; one of its names; the end of
         one after a ``/``, with ``:latest`` where there is no tag; its repository and manifest's digest.
@@ -271,10 +294,13 @@ class Store:
             if fd >= 0:
                 what = str(self.root / _LOCKS[name])
                 locks.lock_record(fd, timeout=self._timeout, what=what, check=self._check)
-            raw = self._read(name, _MAX_INDEX, f"{name} is missing", missing=b"[]")
+            return self._parsed(name)
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def _parsed(self, name: str) -> list[Any]:
+        raw = self._read(name, _MAX_INDEX, f"{name} is missing", missing=b"[]")
         try:
             found = json.loads(raw)
         except (ValueError, RecursionError):
