@@ -7,14 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bootc_model import Bootc
 
 from hostimage_testing.collecting import DAY, age, collected, told
+from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import Deployment, RecordedHost
-from hostimage_testing.lives import Life, installed, staged
+from hostimage_testing.lives import Life, installed, staged, upgraded
 from hostimage_testing.operating import session
 from hostimage_testing.os_images import Recipe
 from hostimage_testing.owned_stores import age_images, names, podman_on, put, put_os, stored
 from hostimage_testing.tools import require
+from hostimaged.errors import Cancelled
 from hostimaged.host import reorder
 from hostimaged.host.collect import collect
 from hostimaged.host.collectplan import Rules
@@ -107,6 +110,34 @@ def test_r22_bound_images_of_every_deployment_stay(recorded: Recorded) -> None:
     age(host.tag(life.rollback.image), 2 * DAY)
     collected(host)
     assert names(host) == wanted - {"quay.io/org/before:1"}
+
+
+def test_bootcs_collector_removes_the_same_where_it_is_right(recorded: Recorded, cfsctl: str) -> None:
+    life = recorded(upgraded)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, "registry.example/os:stable")
+        gone = {put(podman, GONE), put(podman, "localhost/gone:2")}
+    age_images(host)
+    bootc = Bootc(host.root, cfsctl, host.images)
+    assert set(bootc.gc().stored) == gone
+    collected(host)
+    assert names(host) == {"registry.example/os:stable"}
+    assert bootc.gc().stored == ()
+
+
+def test_bootcs_collector_removes_more_where_it_is_wrong(recorded: Recorded, cfsctl: str) -> None:
+    """Bound images, and those whose names are written otherwise (operations.md 7.2 D)."""
+    life = recorded(bound_host)
+    host = life.host
+    follow(host, life.booted, "docker://localhost/os")
+    with podman_on(host) as podman:
+        exact = put(podman, "registry.example/os:stable")
+        wrong = {put(podman, "localhost/app:latest"), put(podman, "localhost/os:latest")}
+    age_images(host)
+    assert "store-images" not in collected(host)
+    assert set(stored(host)) == wrong | {exact}
+    assert set(Bootc(host.root, cfsctl, host.images).gc().stored) == wrong
 
 
 def test_new_images_wait_for_a_day(recorded: Recorded) -> None:
@@ -262,3 +293,66 @@ def test_deleting_a_deployment_frees_its_bound_images(recorded: Recorded) -> Non
     assert isinstance(answer["store-bytes-freed"], int)
     assert answer["store-bytes-freed"] > 1 << 20
     assert "of bootc's containers-storage" in str(answer["text"])
+
+
+# --- interrupted -------------------------------------------------------------------------------------------
+
+
+class _AtPoint(Silent):
+    """A process that is gone at a step, the ``number``-th time that it gets there."""
+
+    def __init__(self, point: str, number: int, error: type[BaseException]) -> None:
+        self._point = point
+        self._left = number
+        self._error = error
+
+    def at(self, point: str) -> None:
+        """See ``Reporter``."""
+        if point == self._point:
+            if not self._left:
+                raise self._error
+            self._left -= 1
+
+
+@pytest.mark.parametrize("error", [Crash, Cancelled])
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        ("collect.journal", 0),
+        ("collect.swept", 0),
+        ("collect.store", 0),
+        ("collect.podman", 0),
+        ("collect.podman", 1),
+        ("collect.podman", 2),
+        ("collect.store", 1),
+        ("collect.stored", 0),
+        ("collect.done", 0),
+    ],
+)
+def test_interrupted_anywhere_nothing_live_is_lost_and_repeating_ends_it(
+    recorded: Recorded, point: str, number: int, error: type[BaseException]
+) -> None:
+    life = recorded(bound_host)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, "localhost/app:latest")
+        put(podman, GONE, "localhost/gone:2")
+        put(podman, "localhost/gone:3")
+    age_images(host)
+    left = {GONE, "localhost/gone:2", "localhost/gone:3"}
+    try:
+        with session(host, _AtPoint(point, number, error)) as opened:
+            collect(opened)
+    except (Crash, Cancelled):
+        assert point != "collect.done" or error is Crash
+    assert "localhost/app:latest" in names(host) <= {"localhost/app:latest", *left}
+    with session(host) as opened:
+        collect(opened)
+    assert names(host) == {"localhost/app:latest"}
+    assert len(stored(host)) == 1
+    with session(host) as opened:
+        assert collect(opened)["result"] == "nothing"
+    with podman_on(host) as podman:
+        # podman finds its store in order.
+        assert podman.run(["image", "exists", "localhost/app:latest"]) == b""
+        assert len(podman.run(["images", "--all", "--quiet"]).split()) == 1
