@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hostimage_testing.disk import Crash
+from hostimage_testing.host import ACCEPT_ANYTHING
 from hostimage_testing.hosts import RecordedHost
 from hostimage_testing.layout import Layout
 from hostimage_testing.lives import Life, installed
@@ -21,7 +22,7 @@ from hostimage_testing.registry import Registry
 from hostimage_testing.samples import copy, three_layers
 from hostimage_testing.tools import require
 from hostimaged.errors import HostimageError, ImageNotFound, NetworkError, ProgramMissing
-from hostimaged.host import boundimages, boundstore
+from hostimaged.host import boundimages, boundstore, commands
 from hostimaged.host.collect import collect
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.stage import StageRequest, stage
@@ -233,3 +234,40 @@ class _AtPoint(Silent):
         """See ``Reporter``."""
         if point == self._point:
             raise Crash
+
+
+def deploy_main(host: RecordedHost, image: OsImage, *arguments: str) -> int:
+    return commands.deploy_main(
+        [image.source, "--root", str(host.root), "--verity", "opportunistic", *arguments]
+    )
+
+
+def test_the_first_deployment_brings_them_along(
+    make: Callable[..., RecordedHost], registry: Registry, app: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = make()
+    image = new_image(host, app)
+    (host.root / "etc").unlink(missing_ok=True)
+    containers = host.root / "etc/containers"
+    containers.mkdir(parents=True)
+    (containers / "policy.json").write_text(ACCEPT_ANYTHING)
+    # Without them nothing is deployed.
+    assert deploy_main(host, image) != 0
+    assert app in capsys.readouterr().err
+    assert not list(host.entries.glob("*"))
+    assert not host.state(image.id).exists()
+    (containers / "registries.conf").write_text(registry.registries_conf)
+    assert deploy_main(host, image) == 0
+    assert names(host) == {app}
+    assert host.state(image.id).is_dir()
+    assert os.readlink(host.sysroot / "ostree/bootc") == "../composefs/bootc"
+
+
+def test_the_first_deployment_may_leave_them_out(make: Callable[..., RecordedHost], app: str) -> None:
+    host = make()
+    image = new_image(host, app)
+    (host.root / "etc").unlink(missing_ok=True)
+    (host.root / "etc/containers").mkdir(parents=True)
+    (host.root / "etc/containers/policy.json").write_text(ACCEPT_ANYTHING)
+    assert deploy_main(host, image, "--bound-images", "skip") == 0
+    assert not (host.repository / "bootc").exists()
