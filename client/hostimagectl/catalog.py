@@ -325,10 +325,10 @@ _KEEP: Final = (
         options=(_DRY_RUN,),
     ),
     JobCommand(
-        name="unify",
+        name="set-unified",
         group="keep house",
         member="SetUnified",
-        summary="share storage with containers, or no longer",
+        summary="keep images in the storage shared with containers too, or no longer",
         arguments=(
             Argument(("state",), {"metavar": "STATE", "type": one_of("on", "off"), "help": "on or off"}),
         ),

@@ -50,7 +50,7 @@ _SHOWN: Final = ("image", "manifest-digest", "kernel-arguments", "soft-reboot")
 _ETC: Final = ("etc-added", "etc-modified", "etc-removed")
 _LABELS: Final = {"manifest-digest": "Manifest", "config-digest": "Config", "image-ids": "Image ids"}
 #: Results of a pull that are in its first line, or of no use to a person.
-_PULL_SHOWN: Final = ("manifest-digest", "source-digest", "version", "tag")
+_PULL_SHOWN: Final = ("manifest-digest", "source-digest", "version", "tag", "stored-as", "not-unified")
 #: Ways in which files of containers-storage come into the repository.
 _HOW: Final = ("reflinked", "linked", "copied")
 #: Times in results are microseconds since the epoch, and have this key.
@@ -62,6 +62,9 @@ def print_result(job: Job, console: Console) -> None:
     """The result of ``job``, which is done."""
     if job.kind in ("pull", ""):
         _print_pull(job, console)
+        return
+    if job.kind == "unify":
+        _print_unified(job, console)
         return
     if _print_words(job, console):
         return
@@ -113,6 +116,19 @@ def _print_pull(job: Job, console: Console) -> None:
     ]:
         rows.append(("From storage", ", ".join(parts)))
     console.fields(rows, indent="  ")
+
+
+def _print_unified(job: Job, console: Console) -> None:
+    result = job.result
+    if result.get("unified") is False:
+        removed = result.get("removed")
+        names = removed if isinstance(removed, list) else []
+        console.line("images are no longer kept in containers-storage")
+        console.fields([("Removed", printable(name)) for name in names], indent="  ")
+        return
+    name = printable(text_of(result.get("stored-as")))
+    done = "is" if result.get("changed") is True else "was already"
+    console.line(f"images are kept in containers-storage: {name} {done} there")
 
 
 def _pulled(job: Job) -> str:

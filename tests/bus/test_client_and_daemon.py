@@ -149,13 +149,6 @@ async def test_an_equal_pull_is_joined_and_left(
     assert (await client.removed(path))[3] == "done"
 
 
-async def test_what_cannot_be_done_yet(daemon: Daemon, bus: Bus) -> None:
-    await daemon.start()
-    client = await run(bus, "unify", "on", "--json")
-    assert client.code == EXIT_CODES[ErrorName.NOT_SUPPORTED]
-    assert json.loads(client.out)["error"]["name"] == ErrorName.NOT_SUPPORTED
-
-
 async def test_service_commands(daemon: Daemon, bus: Bus) -> None:
     await daemon.start()
     for command, out in (

@@ -18,7 +18,6 @@ from hostimage_testing.person import Person, logged_in
 OK = 0
 DENIED = EXIT_CODES[ErrorName.ACCESS_DENIED]
 ASKS = EXIT_CODES[ErrorName.AUTHORIZATION_REQUIRED]
-UNBUILT = EXIT_CODES[ErrorName.NOT_SUPPORTED]
 INTERRUPTED = 130
 OTHER = "oci:/srv/other:latest"
 PROMPT = "Password: "
@@ -28,7 +27,6 @@ CTRL_C = "\x03"
 COMMANDS = {
     "check": (OK, ASKS),
     "pull": (OK, ASKS),
-    "upgrade --unified": (UNBUILT, ASKS),
     "gc --dry-run": (OK, ASKS),
     f"check {OTHER}": (ASKS, ASKS),
     f"pull {OTHER}": (ASKS, ASKS),

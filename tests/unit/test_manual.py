@@ -251,7 +251,7 @@ def test_options_of_the_commands_without_a_bus(command: str) -> None:
 
 
 def test_every_setting_with_its_default() -> None:
-    types = {str: "string", float: "number", int: "number"}
+    types = {str: "string", float: "number", int: "number", bool: "boolean"}
     expected = []
     for name, field in Settings.model_fields.items():
         kind = types.get(typing.cast("type", field.annotation), "string")

@@ -18,6 +18,7 @@ from hostimaged.bus.findings import ImageRow
 from hostimaged.bus.gate import Gate
 from hostimaged.bus.guarded import GuardedMethods
 from hostimaged.bus.polkit import Caller
+from hostimaged.bus.requests import Request
 from hostimaged.config import Settings
 from hostimaged.errors import AccessDenied
 from hostimaged.jobs.job import Initiator
@@ -48,6 +49,12 @@ class World:
 
     def deployment_at(self, path: str) -> str:
         raise AssertionError(path)
+
+    def unifies(self, request: Request) -> bool:
+        return False
+
+    def check_unified(self, request: Request) -> None:
+        assert request.member is not Member.SET_UNIFIED
 
     async def known(self) -> None:
         return

@@ -80,7 +80,7 @@ def complete(tmp_path: Path) -> object:
         ("hostimagectl cancel ", {"12", "17"}),
         ("hostimagectl cancel --no-wait 1", {"12", "17"}),
         ("hostimagectl diff booted st", {"staged"}),
-        ("hostimagectl unify ", {"on", "off"}),
+        ("hostimagectl set-unified ", {"on", "off"}),
         ("hostimagectl completion ", {"bash", "zsh", "fish"}),
         ("hostimagectl log-level d", {"debug"}),
         ("hostimagectl frobnicate ", set()),

@@ -47,7 +47,7 @@ ARGUMENTS = {
     "unpin": ["booted"],
     "delete": ["booted"],
     "kargs": ["--append=quiet", "--append", "a=b", "--delete=splash"],
-    "unify": ["on"],
+    "set-unified": ["on"],
 }
 BODIES = {
     "diff": ("o", [DEPLOYMENT]),
@@ -59,7 +59,7 @@ BODIES = {
     "pin": ("b", [True]),
     "unpin": ("b", [False]),
     "kargs": ("asas", [["quiet", "a=b"], ["splash"]]),
-    "unify": ("b", [True]),
+    "set-unified": ("b", [True]),
 }
 
 
@@ -394,7 +394,7 @@ def test_log_levels_are_those_of_the_interface() -> None:
     "argv",
     [
         ["kargs"],
-        ["unify", "yes"],
+        ["set-unified", "yes"],
         ["hold"],
         ["hold", "2"],
         ["hold", "-2h"],

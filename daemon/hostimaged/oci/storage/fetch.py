@@ -93,7 +93,7 @@ class Fetched:
         return {
             "reference": str(self.reference),
             "unified": True,
-            "name": self.name,
+            "stored-as": self.name,
             "image-id": self.image_id,
             "source-digest": str(self.manifest_digest),
             "layers-total": self.layers_total,
