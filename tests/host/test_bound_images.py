@@ -271,3 +271,25 @@ def test_the_first_deployment_may_leave_them_out(make: Callable[..., RecordedHos
     (host.root / "etc/containers/policy.json").write_text(ACCEPT_ANYTHING)
     assert deploy_main(host, image, "--bound-images", "skip") == 0
     assert not (host.repository / "bootc").exists()
+
+
+def test_the_store_of_the_first_deployment_has_labels(
+    make: Callable[..., RecordedHost], registry: Registry, app: str
+) -> None:
+    host = make()
+    contexts = b"/var/lib/containers/storage(/.*)? system_u:object_r:container_var_lib_t:s0\n"
+    policy = {
+        "selinux/config": b"SELINUX=enforcing\nSELINUXTYPE=targeted\n",
+        "selinux/targeted/contexts/files/file_contexts": contexts,
+    }
+    image = host.image(Recipe(version="9", bound=(app,), etc=policy))
+    (host.root / "etc").unlink(missing_ok=True)
+    containers = host.root / "etc/containers"
+    containers.mkdir(parents=True)
+    (containers / "policy.json").write_text(ACCEPT_ANYTHING)
+    (containers / "registries.conf").write_text(registry.registries_conf)
+    assert deploy_main(host, image) == 0
+    store = HostPaths.scratch(host.root).store
+    assert (store / ".bootc_labeled").exists()
+    for path in (store, store / "overlay-images/images.json", *store.glob("overlay/*/diff")):
+        assert os.getxattr(path, "security.selinux").startswith(b"system_u:object_r:container_var_lib_t:s0")

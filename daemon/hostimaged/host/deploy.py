@@ -27,7 +27,9 @@ from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
 from hostimaged.host.recover import recover, settle
+from hostimaged.host.storelabels import of_policy
 from hostimaged.host.tags import tag_deployment
+from hostimaged.oci.storage import owned
 from hostimaged.progress import Phase
 from hostimaged.system import durable
 
@@ -217,3 +219,6 @@ def _label(session: Session, new: NewDeployment) -> None:
             label = policy.label(b"/" + os.fsencode(path.relative_to(root)), _KINDS[kind])
             if label is not None:
                 os.setxattr(path, _SELINUX, label, follow_symlinks=False)
+    if owned.exists(session.paths):
+        # With all that is in it by now: podman knows nothing of the policy here.
+        owned.ensure(session.paths, session.work, session.reporter.at, of_policy(policy))
