@@ -21,6 +21,8 @@ _STATES: Final = {
     "pinned": "pinned",
     "locked": "download only",
 }
+#: Whether a bound image is in the store.
+_PRESENCE: Final = {True: "present", False: "missing"}
 _HEADINGS: Final = ("deployment", "state", "version", "made", "frees", "digest", "image")
 #: What is unusual about a host, by the key in the status document that says so.
 _NOTES: Final = {
@@ -47,8 +49,16 @@ def short_digest(digest: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """The deployments as a table, with problems below it."""
+    """The deployments as a table, with bound images and problems below it."""
     console.table(_HEADINGS, [_cells(row) for row in rows])
+    for row in rows:
+        bound = row.get("bound-images")
+        for image in bound if isinstance(bound, list) else []:
+            if isinstance(image, dict):
+                present = image.get("present")
+                state = _PRESENCE[present] if isinstance(present, bool) else "unknown"
+                label = f"bound to {short(text_of(row.get('id')))}"
+                console.fields([(label, f"{text_of(image.get('image'))} ({state})")])
     for row in rows:
         problems = row.get("problems")
         for problem in problems if isinstance(problems, list) else []:

@@ -20,6 +20,8 @@ _GONE: Final = {
     "tags": "Tag",
     "dangling": "Led nowhere",
     "tags-made": "Tag made",
+    "store-images": "Container image",
+    "store-kept": "No container image is deleted",
 }
 #: Those that are ids of deployments.
 _IDS: Final = ("states", "entries", "artifacts")
@@ -41,6 +43,9 @@ def print_garbage(result: Mapping[str, object], console: Console) -> None:
         counts = number_of(result.get("objects-removed")), number_of(result.get("objects-bytes"))
         boot = number_of(result.get("boot-bytes"))
         more = f", and {size(boot)} where the host boots from" if boot else ""
+        if images := _names(result.get("store-images")):
+            space = size(number_of(result.get("store-bytes")))
+            more += f", and container images of {space} ({len(images)})"
         console.line(f"{doing} {counts[0]} objects of {size(counts[1])}{more}")
     _print_names(result, console)
 
@@ -51,6 +56,8 @@ def _print_names(result: Mapping[str, object], console: Console) -> None:
         for key, label in _GONE.items()
         for name in _names(result.get(key))
     ]
+    if problem := text_of(result.get("store-problem")):
+        rows.append(("Problem", printable(problem)))
     console.fields(rows, indent="  ")
 
 

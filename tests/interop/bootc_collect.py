@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -17,7 +18,10 @@ TAG_PREFIX = "localhost/bootc-"
 
 @dataclass(frozen=True)
 class Removed:
-    """What a collection removed, or in a dry run would: names, and the number of objects and links."""
+    """What a collection removed, or in a dry run would: names, and the number of objects and links.
+
+    ``stored``: ids of images of containers-storage that podman is to remove; the model leaves them.
+    """
 
     artifacts: tuple[str, ...] = ()
     state_dirs: tuple[str, ...] = ()
@@ -25,6 +29,7 @@ class Removed:
     objects: int = 0
     image_links: int = 0
     stream_links: int = 0
+    stored: tuple[str, ...] = ()
 
     @property
     def nothing(self) -> bool:
@@ -81,7 +86,8 @@ def collect(storage: Storage, booted: Booted, *, dry_run: bool) -> tuple[Removed
     gone = [row.id for row in storage.rows() if not storage.state_dir(row.id).is_dir()]
     live = [name for name in deployments(status) if name not in gone]
     dead_tags = _collect_tags(storage, live, dry_run=dry_run)
-    return replace(removed, state_dirs=states, tags=dead_tags), live
+    stored = () if dry_run else _unneeded_images(storage, live)
+    return replace(removed, state_dirs=states, tags=dead_tags, stored=stored), live
 
 
 def _orphan_states(
@@ -121,6 +127,27 @@ def _collect_tags(storage: Storage, live: list[str], *, dry_run: bool) -> tuple[
     for name in dead if not dry_run else ():
         tag_path(storage.repository, name).unlink()
     return tuple(dead)
+
+
+def _unneeded_images(storage: Storage, live: list[str]) -> tuple[str, ...]:
+    """Part D: images of which no name is, to the letter, that of a live origin; bound ones among them."""
+    origins = [(storage.origin(identifier) or {}).get("origin", {}) for identifier in live]
+    texts = [origin.get("container-image-reference", "") for origin in origins]
+    names = {_bare_name(text) for text in texts if text}
+    index = storage.repository / "bootc/storage/overlay-images/images.json"
+    if not names or not index.is_file():
+        return ()
+    images = json.loads(index.read_text())
+    return tuple(image["id"] for image in images if not names & set(image.get("names") or ()))
+
+
+def _bare_name(reference: str) -> str:
+    """``quay.io/os:1`` of ``ostree-unverified-image:docker://quay.io/os:1``."""
+    scheme, _, rest = reference.partition(":")
+    if scheme.endswith("-registry"):
+        return rest
+    transport, _, name = rest.partition(":")
+    return name.removeprefix("//") if transport in ("docker", "registry") else name
 
 
 def _by_image(storage: Storage, identifier: str) -> str | None:

@@ -23,6 +23,7 @@ from hostimaged.errors import UnsupportedImage, from_os_error, printable
 from hostimaged.system.syscalls import open_beneath
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from hostimaged.composefs.repository import Repository
@@ -71,12 +72,16 @@ class TreeFiles:
 
     def names(self, path: str) -> list[bytes]:
         """See ``ImageFiles``."""
+        return sorted(self.entries(path))
+
+    def entries(self, path: str) -> Mapping[bytes, Node]:
+        """What is in the directory ``path``, symbolic links as such; nothing if it is absent."""
         node = self._lookup(path, follow=True)
         if node is None:
-            return []
+            return {}
         if not isinstance(node, Directory):
             _refuse(path, "not a directory")
-        return sorted(node.entries)
+        return node.entries
 
     def open(self, path: str) -> int | None:
         """See ``ImageFiles``."""

@@ -65,6 +65,13 @@ class Problem(Hyphened):
     text: _Text
 
 
+class BoundImage(Hyphened):
+    """An image that a deployment is bound to; ``present``: whether it is there, None if nobody can tell."""
+
+    image: _Text
+    present: bool | None = None
+
+
 class DeploymentRow(Hyphened):
     """An installed operating system; ``timestamp`` is in microseconds since the epoch, 0 unknown.
 
@@ -93,6 +100,7 @@ class DeploymentRow(Hyphened):
     verity: Literal["ok", "unverified", "broken"] = "unverified"
     order: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
     size_exclusive: _Size = 0
+    bound_images: list[BoundImage] = Field(default_factory=list)
     problems: list[Problem] = Field(default_factory=list)
 
 

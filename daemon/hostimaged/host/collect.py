@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.composefs.repository import Repository, gc
 from hostimaged.composefs.repository.leftovers import remove_leftovers
 from hostimaged.errors import BootLoaderError, HostimageError
-from hostimaged.host import journal, recover, statedirs
+from hostimaged.host import journal, recover, statedirs, storecollect
 from hostimaged.host.adopt import adopt
 from hostimaged.host.bootfs import told
 from hostimaged.host.collectplan import Plan, Rules, make_plan
@@ -58,6 +58,8 @@ FAULT_POINTS: Final = (
     "gc.synced",
     "gc.objects",
     "collect.swept",
+    "collect.store",
+    "collect.stored",
     "collect.done",
 )
 #: Names of each kind that a result tells; there are rarely more than a few.
@@ -87,6 +89,7 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     session.reporter.at("collect.marked")
     path = session.paths.transaction
     journal.write(path, _transaction(session, plan))
+    storecollect.remember(session.paths, plan.store)
     session.reporter.at("collect.journal")
     _remove_deployments(session, state, plan)
     _remove_tags(session, plan)
@@ -100,11 +103,13 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     remove_leftovers(repository)
     repository.sync()
     session.reporter.at("collect.swept")
+    left = storecollect.remove(session, plan.store)
+    session.reporter.at("collect.stored")
     journal.remove(path)
     with told(f"cannot remove {session.paths.collection_due}"):
         session.paths.collection_due.unlink(missing_ok=True)
     session.steady().reporter.at("collect.done")
-    return _result(plan, marked, swept) | made
+    return _result(plan, marked, swept) | left | made
 
 
 def make_room(
@@ -268,13 +273,14 @@ def _result(plan: Plan, marked: Marked, swept: GcResult) -> dict[str, Any]:
         "artifacts": [each.name for each in plan.artifacts],
         "dangling": list(marked.dangling),
     }
-    anything = any(gone.values()) or roots.orphan_marker or roots.staged_left or any(swept.as_dict().values())
+    things = [*gone.values(), roots.orphan_marker, roots.staged_left, *swept.as_dict().values()]
     return {
-        "result": "collected" if anything else "nothing",
+        "result": "collected" if any([*things, plan.store.gone]) else "nothing",
         **_numbers(swept),
         "boot-bytes": sum(each.size for each in plan.artifacts),
         "deployments-kept": len(roots.roots),
         **{key: names[:_TOLD] for key, names in gone.items() if names},
+        **storecollect.told(plan.store),
     }
 
 

@@ -15,7 +15,17 @@ from hostimaged.errors import HostimageError, InvalidReference
 from hostimaged.host.cleanup import DeadArtifact, dead_artifacts
 from hostimaged.host.collectroots import Roots, counted_entries, find_roots
 from hostimaged.host.entries import NOTHING
-from hostimaged.host.tags import BOOTC_TAG, IMAGES, MadeTags, bootc_tag, guest_tag, image_ref, stream_ref
+from hostimaged.host.storekeep import NO_STORE, StorePlan, StoreSearch
+from hostimaged.host.tags import (
+    BOOTC_TAG,
+    IMAGES,
+    PIN_TAG,
+    MadeTags,
+    bootc_tag,
+    guest_tag,
+    image_ref,
+    stream_ref,
+)
 from hostimaged.ids import DeploymentId
 from hostimaged.oci import pulls
 from hostimaged.oci.images import PULL_TAG, manifest_stream, tags
@@ -42,11 +52,13 @@ class Rules:
 
     ``tracked``: the reference that updates follow, where no deployment tells. ``keep_pulled``: days that the
     newest image of any other reference stays. ``minimum_free``: MiB; where less is free it goes before.
+    ``store``: whether bootc's containers-storage is collected too.
     """
 
     tracked: str = ""
     keep_pulled: int = 30
     minimum_free: int = 0
+    store: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,7 @@ class Plan:
 
     ``missing_tags`` and ``missing_refs`` are made, before all else, for what stays: tags by manifest, and
     references to images by deployment. ``tags``, and ``refs`` to images, are those of ours that go.
+    ``store``: what becomes of bootc's containers-storage.
     """
 
     roots: Roots
@@ -64,6 +77,7 @@ class Plan:
     tags: tuple[str, ...] = ()
     refs: tuple[DeploymentId, ...] = ()
     artifacts: tuple[DeadArtifact, ...] = ()
+    store: StorePlan = NO_STORE
 
     @property
     def root_names(self) -> frozenset[str]:
@@ -112,14 +126,24 @@ def make_plan(
         return plan
     orphans = _removable(state, roots)
     staying = [entry for entry in counted_entries(state) if entry.id not in orphans and entry.id != without]
-    dead = _DeadTags(paths, repository, state, rules, now)
+    dead = tuple(_DeadTags(paths, repository, state, rules, now).find(known, manifests))
+    store = NO_STORE
+    if rules.store:
+        kept = {name: digest for name, digest in known.items() if _is_own(name) and name not in dead}
+        store = StoreSearch(paths, repository, state, roots, kept, now).plan()
     return replace(
         plan,
         orphan_entries=orphans,
-        tags=tuple(dead.find(known, manifests)),
+        tags=dead,
         refs=tuple(_own_refs(refs - {id_.value for id_ in missing_refs})),
         artifacts=tuple(dead_artifacts(state, staying)),
+        store=store,
     )
+
+
+def _is_own(tag: str) -> bool:
+    """Whether it keeps what was pulled or pinned here, or what bootc is about to deploy."""
+    return tag.startswith((BOOTC_TAG, PULL_TAG, PIN_TAG))
 
 
 def _is_tagged(known: dict[str, ManifestDigest], digest: ManifestDigest, *, guest: bool) -> bool:

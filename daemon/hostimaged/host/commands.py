@@ -173,6 +173,12 @@ def deploy_main(argv: Sequence[str]) -> int:
         "--uki-addon", action="append", default=[], metavar="N", help="an add-on to install; may be repeated"
     )
     parser.add_argument("--esp-uuid", default="", metavar="UUID", help="of the ESP, for GRUB with UKIs")
+    parser.add_argument(
+        "--bound-images",
+        choices=("pull", "skip"),
+        default="pull",
+        help="what to do about container images that IMAGE is bound to (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     paths = _target(parser, arguments)
     return _told(paths, lambda: _deploy(paths, arguments))
@@ -215,6 +221,7 @@ def _deploy(paths: HostPaths, arguments: argparse.Namespace) -> dict[str, Any]:
             tuple(arguments.karg),
             tuple(arguments.uki_addon),
             arguments.esp_uuid or ("" if paths.esp is None else _find_uuid(paths.esp)),
+            bound=arguments.bound_images == "pull",
         )
         with open_session(paths, reporter, bootloader=Bootloader(arguments.bootloader)) as session:
             return deploy(session, request)

@@ -18,7 +18,7 @@ from hostimaged.boot.loader import Bootloader
 from hostimaged.boot.resources import Kernel
 from hostimaged.boot.selinux import Policy
 from hostimaged.errors import HostimageError, InvalidArgs, PreconditionFailed
-from hostimaged.host import bootfs, bootimage, journal, statedirs
+from hostimaged.host import bootfs, bootimage, boundimages, boundstore, journal, statedirs
 from hostimaged.host.bootfs import told
 from hostimaged.host.bootsets import GrubSets, digest
 from hostimaged.host.journal import Operation, Transaction
@@ -27,7 +27,9 @@ from hostimaged.host.model import BootType
 from hostimaged.host.newdeployment import NewDeployment
 from hostimaged.host.origin import Origin, origin_name
 from hostimaged.host.recover import recover, settle
+from hostimaged.host.storelabels import of_policy
 from hostimaged.host.tags import tag_deployment
+from hostimaged.oci.storage import owned
 from hostimaged.progress import Phase
 from hostimaged.system import durable
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 FAULT_POINTS: Final = (
     "deploy.image",
     "deploy.tagged",
+    "deploy.bound",
     "deploy.journal",
     "deploy.kernel",
     "stage.etc",
@@ -64,7 +67,8 @@ class DeployRequest:
     """What to deploy: a manifest in the repository, under the reference that updates follow.
 
     ``arguments`` are kernel arguments, ``addons`` names of add-ons of the UKI. ``esp_uuid`` is needed for
-    GRUB with a UKI: the UUID of the file system on the ESP.
+    GRUB with a UKI: the UUID of the file system on the ESP. ``bound``: whether the images that it is bound to
+    are fetched; without them the host would have to, at its first boot.
     """
 
     manifest_digest: ManifestDigest
@@ -72,6 +76,7 @@ class DeployRequest:
     arguments: tuple[str, ...] = ()
     addons: tuple[str, ...] = ()
     esp_uuid: str = ""
+    bound: bool = True
 
 
 def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
@@ -93,6 +98,9 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
         raise PreconditionFailed("there is a deployment already: stage the image instead")
     new = NewDeployment(session, state, boot, share=False)
     new.require_space()
+    bound = boundimages.read(new.tree, session.repository) if request.bound else ()
+    fetched = boundstore.fetch(session.paths, bound, session.reporter)
+    session.reporter.at("deploy.bound")
     is_menu = new.boot_type is BootType.UKI and state.dirs.grub_dir is not None
     if state.sets.is_menu and not is_menu:
         raise PreconditionFailed(
@@ -137,6 +145,7 @@ def deploy(session: Session, request: DeployRequest) -> dict[str, Any]:
         "deployment": str(new.id),
         "manifest-digest": str(request.manifest_digest),
         "kernel-arguments": item.options,
+        **fetched,
     }
 
 
@@ -210,3 +219,6 @@ def _label(session: Session, new: NewDeployment) -> None:
             label = policy.label(b"/" + os.fsencode(path.relative_to(root)), _KINDS[kind])
             if label is not None:
                 os.setxattr(path, _SELINUX, label, follow_symlinks=False)
+    if owned.exists(session.paths):
+        # With all that is in it by now: podman knows nothing of the policy here.
+        owned.ensure(session.paths, session.work, session.reporter.at, of_policy(policy))

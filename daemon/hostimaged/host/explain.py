@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.composefs.repository import gc
 from hostimaged.composefs.repository.why import Why, why
 from hostimaged.errors import HostimageError, ImageNotFound
+from hostimaged.host import storekeep
 from hostimaged.host.collectplan import Plan, make_plan
 from hostimaged.host.model import Role
 from hostimaged.host.tags import BOOTC_TAG, GUEST_TAG, PIN_TAG
 from hostimaged.oci import pulls
 from hostimaged.oci.images import PULL_TAG, TAGS, decode_tag, manifest_stream, tags
 from hostimaged.oci.reference import ImageReference
+from hostimaged.oci.storage.contents import called
 
 if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from hostimaged.host.collectplan import Rules
     from hostimaged.host.model import HostState
     from hostimaged.ids import DeploymentId
+    from hostimaged.oci.storage.store import StoredImage
     from hostimaged.progress import Reporter
     from hostimaged.system.paths import HostPaths
 
@@ -58,7 +61,8 @@ class Question:
 
 def explain(question: Question, reporter: Reporter) -> dict[str, Any]:
     """The answer: ``kept`` (whether the next collection keeps it), ``chains`` (each the way from what keeps
-    it to it), and ``text`` with all of it for people. Of a deployment also what its deletion would free.
+    it to it), and ``text`` with all of it for people. Of a deployment also what its deletion would free. An
+    image may be in the repository, in bootc's containers-storage, or in both.
 
     Raises ``ImageNotFound`` if there is nothing that ``what`` names.
     """
@@ -67,9 +71,14 @@ def explain(question: Question, reporter: Reporter) -> dict[str, Any]:
     if id_ is not None:
         return _explain_deployment(question, plan, id_, reporter)
     found = why(question.repository, _name(question), roots=plan.root_names, reporter=reporter)
-    if not found.found:
+    stored = _stored(question, plan)
+    if not found.found and stored is None:
         raise ImageNotFound(f"there is no deployment, image, stream or object {question.what!r}")
-    return _answer(question, plan, _chains(plan, found), found, [f"{question.what}:"])
+    lines = [f"{question.what}:"]
+    if not found.found:
+        return _of_store(plan, stored, {"what": question.what, "kept": False, "chains": []}, lines)
+    answer = _answer(question, plan, _chains(plan, found), found, lines)
+    return answer if stored is None else _of_store(plan, stored, answer, [answer["text"]])
 
 
 def _deployment(state: HostState, what: str) -> DeploymentId | None:
@@ -98,6 +107,35 @@ def _name(question: Question) -> str:
         return what
     row = next((row for row in reversed(rows) if row.reference == reference), None)
     return what if row is None else manifest_stream(row.manifest_digest)
+
+
+# --- bootc's store -----------------------------------------------------------------------------------------
+
+
+def _stored(question: Question, plan: Plan) -> StoredImage | None:
+    """The image of the store that is asked about, if there is one."""
+    try:
+        return storekeep.find(plan.store, question.what)
+    except ImageNotFound:
+        return None
+
+
+def _of_store(
+    plan: Plan, image: StoredImage | None, answer: dict[str, Any], lines: list[str]
+) -> dict[str, Any]:
+    """``answer`` with what keeps ``image`` in the store."""
+    assert image is not None
+    where = f"image {called(image)} of bootc's containers-storage"
+    reasons = next((found for other, found in plan.store.stay if other.id == image.id), ())
+    lines += [f"  {where}: kept, {reason}" for reason in reasons[:_MAX_CHAINS]]
+    if not reasons and not plan.store.doubts:
+        lines.append(f"  {where}: nothing keeps it, the next collection of garbage removes it")
+    lines += [f"  nothing is collected there at present: {doubt}" for doubt in plan.store.doubts]
+    return answer | {
+        "kept": answer["kept"] or bool(reasons) or bool(plan.store.doubts),
+        "chains": [*answer["chains"], *(f"{where}: {reason}" for reason in reasons)][:_MAX_CHAINS],
+        "text": "\n".join(lines),
+    }
 
 
 # --- what keeps it -----------------------------------------------------------------------------------------
@@ -194,22 +232,25 @@ def _explain_deployment(
     freed = _freed(question, plan, id_, reporter)
     if freed is None:
         return answer
-    swept, boot = freed
+    swept, boot, store = freed
     text = (
         f"  deleting it, and collecting garbage, frees {swept.objects_bytes} bytes in "
         f"{swept.objects_removed} objects, and {boot} bytes where the host boots from"
     )
+    if store:
+        text += f", and {store} bytes of bootc's containers-storage"
     return answer | {
         "objects-freed": swept.objects_removed,
         "bytes-freed": swept.objects_bytes,
         "boot-bytes-freed": boot,
+        "store-bytes-freed": store,
         "text": f"{answer['text']}\n{text}",
     }
 
 
 def _freed(
     question: Question, plan: Plan, id_: DeploymentId, reporter: Reporter
-) -> tuple[GcResult, int] | None:
+) -> tuple[GcResult, int, int] | None:
     """What a collection would remove beyond that of now if the deployment were gone; None: nobody knows."""
     after = question.plan(without=id_)
     swept = []
@@ -230,4 +271,5 @@ def _freed(
             more.streams_pruned - before.streams_pruned,
         ),
         boot,
+        after.store.freed - plan.store.freed,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hostimaged.boot.loader import Bootloader
@@ -45,10 +46,14 @@ def collect_offline(
 ) -> dict[str, Any]:
     """What ``collect`` says, or ``dry_run`` if ``preview``, of the host at ``paths`` (``HostPaths.target``).
 
+    bootc's containers-storage is left to the host itself: only podman removes from it, which would run here
+    with what is on a disk of somebody else.
+
     ``bootloader`` is found by where there are entries of deployments, if it is not given. Raises
     ``InvalidArgs`` if there are some in both places, ``RepositoryMissing`` if there is no repository, and
     what ``collect`` raises.
     """
+    rules = replace(rules, store=False)
     if preview:
         # Nothing is written, so that the disk may be mounted read-only.
         insecure = optional_verity(paths)

@@ -16,8 +16,23 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.boot import kargs
 from hostimaged.boot.cmdline import Cmdline
 from hostimaged.boot.files import TreeFiles
-from hostimaged.errors import BootLoaderError, HostimageError, NothingStaged, PreconditionFailed
-from hostimaged.host import bootimage, cleanup, etcmerge, failedboots, journal, statedirs
+from hostimaged.errors import (
+    BootLoaderError,
+    HostimageError,
+    ImageNotFound,
+    NothingStaged,
+    PreconditionFailed,
+)
+from hostimaged.host import (
+    bootimage,
+    boundimages,
+    boundstore,
+    cleanup,
+    etcmerge,
+    failedboots,
+    journal,
+    statedirs,
+)
 from hostimaged.host.bootfs import directory, told
 from hostimaged.host.etctree import read_image, subdirectory
 from hostimaged.host.followed import followed
@@ -38,6 +53,7 @@ if TYPE_CHECKING:
     from hostimaged.composefs.tree import Directory
     from hostimaged.host.bootimage import BootImage
     from hostimaged.host.bootsets import RawSet
+    from hostimaged.host.boundimages import BoundImage
     from hostimaged.host.imgref import OriginReference
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.host.session import Session
@@ -65,6 +81,9 @@ FAULT_POINTS: Final = (
 #: bootc's rollback takes two entries for granted (deployments.md 13).
 BOOTC_ENTRIES: Final = 2
 
+#: In place of a ``Result``: nothing is staged yet, bound images are to be fetched first.
+BOUND_MISSING: Final = "bound-missing"
+
 
 class Result(StrEnum):
     """What came of a request; never silently nothing."""
@@ -87,6 +106,7 @@ class StageRequest:
     ``locked``: download only, the shutdown does not activate it. ``allow_downgrade``: an image older than
     what runs is wanted. ``retry_failed``: one that did not start is. ``max_entries``: entries of a menu, of
     which pinned deployments get those beyond two.
+    ``bound_fetched``: the images that it is bound to were fetched; one that is missing now is an error.
     """
 
     manifest_digest: ManifestDigest
@@ -95,15 +115,18 @@ class StageRequest:
     allow_downgrade: bool = False
     retry_failed: bool = False
     max_entries: int = BOOTC_ENTRIES
+    bound_fetched: bool = False
     systemd_version: int | None = None
 
 
 def stage(session: Session, request: StageRequest) -> dict[str, Any]:
     """Stage an image. The result has ``result`` (see ``Result``), ``deployment`` and what is known of it.
 
-    Raises ``ImageNotFound``, ``UnsupportedImage``, ``PreconditionFailed`` (a downgrade, an image that did not
-    start, conflicts in ``/etc``), ``NoSpace``, ``BootLoaderError``, ``LockTimeout`` and what writing raises.
-    Then nothing is staged that was not, and what was made is taken back; what was staged before may be gone.
+    With ``BOUND_MISSING`` nothing has changed: ``boundstore.fetch`` the images that the deployment is bound
+    to, and stage again. Raises ``ImageNotFound``, ``UnsupportedImage``, ``PreconditionFailed`` (a downgrade,
+    an image that did not start, conflicts in ``/etc``), ``NoSpace``, ``BootLoaderError``, ``LockTimeout`` and
+    what writing raises. Then nothing is staged that was not, and what was made is taken back; what was staged
+    before may be gone.
     """
     session.reporter.phase(Phase.STAGING)
     boot = bootimage.generate(session.repository, request.manifest_digest, session.reporter)
@@ -177,6 +200,9 @@ class _Stage:
         etc = self._check_etc(new, base_tree)
         files = self._staged_files(new, base, base_tree)
         new.require_space(freed=cleanup.staged_only_bytes(self._session, self._state))
+        bound = boundimages.read(new.tree, self._session.repository)
+        if self._lacks(bound):
+            return self._result(BOUND_MISSING)
         self._at("stage.planned")
         path = self._session.paths.transaction
         try:
@@ -191,7 +217,8 @@ class _Stage:
         journal.remove(path)
         self._session.steady().reporter.at("stage.done")
         self._verify(files)
-        return self._result(Result.STAGED, etc)
+        named = {"bound-images": [image.image for image in bound]} if bound else {}
+        return self._result(Result.STAGED, etc | named)
 
     def _write(self, new: NewDeployment, files: RawSet) -> None:
         session = self._session
@@ -216,6 +243,8 @@ class _Stage:
         if row.role is Role.BOOTED:
             return self._result(Result.ALREADY_CURRENT)
         if row.role is Role.STAGED:
+            if self._lacks(boundimages.of_deployment(self._session.repository, self.id)):
+                return self._result(BOUND_MISSING)
             self._change_staged(row)
             return self._result(Result.ALREADY_STAGED)
         if row.live is None:
@@ -225,6 +254,15 @@ class _Stage:
             )
         is_rollback = row.role is Role.ROLLBACK
         return self._result(Result.SAME_AS_ROLLBACK if is_rollback else Result.SAME_AS_OTHER)
+
+    def _lacks(self, bound: tuple[BoundImage, ...]) -> bool:
+        """Whether images have to be fetched first. Raises ``ImageNotFound`` if that was done, in vain."""
+        missing = boundstore.missing(self._session.paths, bound)
+        if missing and self._request.bound_fetched:
+            raise ImageNotFound(
+                f"the image is bound to {missing[0].image}, which was fetched, and is gone again"
+            )
+        return bool(missing)
 
     def _change_staged(self, row: Deployment) -> None:
         """Follow the new reference, and unlock what is staged if it is not only to be downloaded."""
@@ -326,7 +364,7 @@ class _Stage:
         if staged is None or staged.id != self.id or written != files:
             raise BootLoaderError(f"deployment {self.id} was written, but is not found as the staged one")
 
-    def _result(self, result: Result, etc: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _result(self, result: str, etc: dict[str, Any] | None = None) -> dict[str, Any]:
         found: dict[str, Any] = {
             "result": str(result),
             "deployment": str(self.id),

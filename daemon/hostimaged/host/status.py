@@ -6,12 +6,13 @@ scan. Nothing here takes a lock, writes, or raises for damage.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hostimaged.composefs.repository import Repository, RepositoryMissing
 from hostimaged.errors import BootLoaderError, HostimageError
-from hostimaged.host import bootc_v1, espmount
+from hostimaged.host import bootc_v1, boundimages, boundstore, espmount
 from hostimaged.host.model import Problem, ProblemId, Role
 from hostimaged.host.read import read_host
 from hostimaged.host.sizes import contents_of
@@ -20,10 +21,17 @@ from hostimaged.host.unified import stored_names
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from hostimaged.host.boundimages import BoundImage
     from hostimaged.host.model import Deployment, HostState
+    from hostimaged.ids import DeploymentId
     from hostimaged.system.paths import HostPaths
+
+    Bound: TypeAlias = dict[DeploymentId, list[tuple[BoundImage, bool | None]]]
+
+#: Seconds that a lock of bootc's store is waited for: a status must not be late for podman's sake.
+_STORE_TIMEOUT: Final = 0.5
 
 
 def scan(
@@ -71,6 +79,7 @@ def _scan(
     try:
         found = scan_repository(paths, repository, used=used)
         state = read_host(paths, repository, soft_reboots=True)
+        bound = _bound(paths, repository, state)
         found["contents"] = "" if repository is None else contents_of(repository, state)
         if reclaimable is not None and repository is not None and found["repository"] is not None:
             found["repository"]["reclaimable"] = reclaimable(repository, state)
@@ -82,17 +91,31 @@ def _scan(
         image["deployed"] = image.get("manifest-digest") in deployed
     found["problems"] += [_problem(problem) for problem in (*problems, *state.problems)]
     found["stored-names"] = stored_names(paths)
-    return found | deployments(state) | {"bootc": bootc_v1.document(state)}
+    return found | deployments(state, bound) | {"bootc": bootc_v1.document(state)}
 
 
-def deployments(state: HostState) -> dict[str, Any]:
+def _bound(paths: HostPaths, repository: Repository | None, state: HostState) -> Bound:
+    """The images that deployments are bound to; of those of which that cannot be told there are none."""
+    found: Bound = {}
+    if repository is None:
+        return found
+    for row in state.visible:
+        with suppress(HostimageError):
+            images = boundimages.of_deployment(repository, row.id)
+            found[row.id] = boundstore.presence(paths, images, lock_timeout=_STORE_TIMEOUT)
+    return found
+
+
+def deployments(state: HostState, bound: Bound | None = None) -> dict[str, Any]:
     """``deployments``, ``rollback-queued``, ``unsettled`` and ``host`` of the findings.
 
-    ``unsettled``: there is a staged set that nothing will activate, as after a power cut.
+    ``unsettled``: there is a staged set that nothing will activate, as after a power cut. ``bound``: the
+    images that deployments are bound to, and whether each is there.
     """
+    known = bound or {}
     return {
         "unsettled": state.marker is None and state.sets.staged is not None,
-        "deployments": [_row(row, place) for place, row in enumerate(state.visible)],
+        "deployments": [_row(row, place, known.get(row.id, ())) for place, row in enumerate(state.visible)],
         "rollback-queued": state.rollback_queued,
         "host": None if not state.visible else _host(state),
     }
@@ -112,7 +135,7 @@ def _host(state: HostState) -> dict[str, Any]:
     }
 
 
-def _row(row: Deployment, place: int) -> dict[str, Any]:
+def _row(row: Deployment, place: int, bound: Iterable[tuple[BoundImage, bool | None]]) -> dict[str, Any]:
     facts = row.image
     reference = None if row.origin is None else row.origin.reference
     files = [shown(entry.file_name) for entry in (row.live, row.staged) if entry is not None]
@@ -138,6 +161,7 @@ def _row(row: Deployment, place: int) -> dict[str, Any]:
         "soft-reboot-obstacle": shown(row.soft_reboot.reason),
         "verity": str(row.verity),
         "order": place,
+        "bound-images": [{"image": shown(image.image), "present": present} for image, present in bound],
         "problems": [_problem(problem) for problem in row.problems],
     }
 

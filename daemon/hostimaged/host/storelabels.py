@@ -38,6 +38,11 @@ def labeller(paths: HostPaths) -> Callable[[bytes, int], bytes | None] | None:
     policy = Policy.load(_HostFiles(paths.etc))
     if policy is None:
         return None
+    return of_policy(policy)
+
+
+def of_policy(policy: Policy) -> Callable[[bytes, int], bytes | None]:
+    """The same by ``policy``, that of a host that is being made."""
     return lambda path, mode: policy.label(path, _KINDS.get(stat.S_IFMT(mode), ord("-")))
 
 

@@ -93,9 +93,26 @@ def stage(paths: HostPaths, operation: operations.Stage, channel: Channel) -> di
         allow_downgrade=operation.allow_downgrade,
         retry_failed=operation.retry_failed,
         max_entries=operation.max_entries,
+        bound_fetched=operation.bound_fetched,
     )
     with _change(paths, channel, operation.lock_timeout) as session:
         return stage_image(session, request)
+
+
+def pull_bound(paths: HostPaths, operation: operations.PullBound, channel: Channel) -> dict[str, Any]:
+    """Fetch the images that an image is bound to which is to be staged."""
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.host import boundimages, boundstore
+    from hostimaged.host.session import optional_verity
+
+    with Repository.open(
+        paths.repository,
+        lock_timeout=operation.lock_timeout,
+        insecure=optional_verity(paths),
+        check=channel.check,
+    ) as repository:
+        bound = boundimages.of_deployment(repository, DeploymentId(operation.deployment))
+    return boundstore.fetch(paths, bound, channel)
 
 
 def unstage(paths: HostPaths, operation: operations.Unstage, channel: Channel) -> dict[str, Any]:

@@ -55,5 +55,6 @@ KINDS: Final = {
     "recover": Kind(Access.ALONE, "staging"),
     # Never jobs of their own: what jobs go on, or end, with.
     "import": Kind(Access.SHARED, "pulling"),
+    "bound": Kind(Access.ALONE, "pulling"),
     "soft-reboot": Kind(Access.ALONE, "staging"),
 }

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: An order is a few strings.
 MAX_ORDER: Final = 64 << 10
 
+#: What came of a staging before which other images have to be fetched (as in ``host.stage``).
+BOUND_MISSING: Final = "bound-missing"
+
 #: In the result of a job that a soft reboot was to follow: whether what boots next is prepared, or what runs.
 SOFT_REBOOT: Final = "soft-reboot"
 PREPARED: Final = "prepared"
@@ -337,11 +340,40 @@ class Stage(_HostOperation):
     allow_downgrade: bool = False
     retry_failed: bool = False
     max_entries: int = Field(default=2, ge=2, le=10)
+    bound_fetched: bool = False
 
     @property
     def target(self) -> str:
         """What the job works on, for people."""
         return self.reference
+
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """See ``_Operation``: nothing is staged before the images are there that it is bound to."""
+        if result.get("result") != BOUND_MISSING:
+            return None
+        return PullBound(
+            deployment=str(result["deployment"]),
+            stage=self.model_copy(update={"bound_fetched": True}),
+            lock_timeout=self.lock_timeout,
+        )
+
+
+class PullBound(_HostOperation):
+    """Fetch the images that ``deployment`` is bound to, which is staged then. Never the first of a job."""
+
+    kind: Literal["bound"] = "bound"
+    deployment: _Id
+    stage: Stage
+
+    @property
+    def profile(self) -> Profile:
+        """Privileges that the operation needs."""
+        return Profile.STORE
+
+    def then(self, result: Mapping[str, Any]) -> Operation | None:
+        """See ``_Operation``."""
+        del result
+        return self.stage
 
 
 class Rollback(_HostOperation):
@@ -580,6 +612,7 @@ Operation = Annotated[
     | Import
     | Unify
     | Stage
+    | PullBound
     | Rollback
     | Unstage
     | Delete

@@ -101,7 +101,8 @@ def _reclaimable(paths: HostPaths, channel: Channel, repository: Repository, sta
     from hostimaged.host.collectplan import Rules
 
     settings, _ = config.load(paths.settings)
-    rules = Rules(settings.tracked_image, settings.keep_pulled, settings.minimum_free)
+    # The store counts for nothing there.
+    rules = Rules(settings.tracked_image, settings.keep_pulled, settings.minimum_free, store=False)
     try:
         found = dry_run(paths, repository, state, rules, now=int(time.time()), reporter=channel)
     except HostimageError:

@@ -33,6 +33,7 @@ Work = Callable[[HostPaths, Any, Channel], dict[str, Any] | None]
 
 #: Where the function for each kind of operation is; imported only by the worker that needs it.
 WORK: Final[Mapping[str, str]] = {
+    "bound": "hostimaged.jobs.host_work:pull_bound",
     "check": "hostimaged.jobs.work:check",
     "collect": "hostimaged.jobs.host_work:collect",
     "delete": "hostimaged.jobs.host_work:delete",

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def require_space(reference: ImageReference, path: Path, needed: int, minimum_free: int) -> None:
-    """Raise ``NoSpace`` unless ``needed`` bytes fit at ``path``, which exists, and ``minimum_free`` stay free.
+    """Raise ``NoSpace`` unless ``needed`` bytes fit at ``path`` and ``minimum_free`` stay free then.
 
-    0 bytes always fit.
+    ``path`` exists. 0 bytes always fit.
     """
     try:
         status = os.statvfs(path)

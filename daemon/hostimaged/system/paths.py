@@ -213,6 +213,11 @@ class HostPaths:
         return self.state / "tags.json"
 
     @property
+    def store_record(self) -> Path:
+        """Which images of bootc's store need no time to be waited for, see ``host.storerecord``."""
+        return self.state / "store.json"
+
+    @property
     def collection_due(self) -> Path:
         """Is there from the moment a deployment went that left garbage until that is collected."""
         return self.state / "collection-due"

@@ -42,7 +42,8 @@ def collected(
     before = objects(host.repository)
     with session(host, reporter) as opened:
         done = collect(opened, rules or Rules())
-    assert {key: value for key, value in done.items() if key not in _ONLY_REAL} == expected
+    real = {key: value for key, value in done.items() if key not in _ONLY_REAL}
+    assert real == expected, (real, expected)
     gone = before.keys() - objects(host.repository).keys()
     assert done["objects-removed"] == len(gone)
     assert done["objects-bytes"] == sum(before[name] for name in gone)

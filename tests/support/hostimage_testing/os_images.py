@@ -18,6 +18,7 @@ from hostimage_testing.uki import boot_digest, uki
 
 CREATED = "2026-11-01T08:00:00Z"
 KVER = "6.12.0"
+NO_LINKS: Mapping[str, str] = {}
 VERSION_KEY = "org.opencontainers.image.version"
 
 
@@ -27,6 +28,7 @@ class Recipe:
 
     ``kernel`` and ``initrd`` decide the boot digest: images that have both in common share a kernel.
     ``annotated`` gives the manifest the version annotation that bootc shows; the label is always there.
+    ``bound`` are names of images that it is bound to.
     """
 
     version: str = "1"
@@ -42,6 +44,7 @@ class Recipe:
     insecure: bool = True
     annotated: bool = True
     reference: str = "docker://registry.example/os:stable"
+    bound: tuple[str, ...] = ()
 
     @property
     def os_release(self) -> str:
@@ -70,8 +73,18 @@ class Recipe:
         if self.kargs:
             listed = ", ".join(f'"{karg}"' for karg in self.kargs)
             files["lib/bootc/kargs.d/10-test.toml"] = f"kargs = [{listed}]\n".encode()
+        for at, name in enumerate(self.bound):
+            files[f"share/containers/systemd/app{at}.container"] = f"[Container]\nImage={name}\n".encode()
         added = {path[4:]: data for path, data in self.files.items() if path.startswith("usr/")}
         return files | added
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Symbolic links by path, with what they say."""
+        names = [f"app{at}.container" for at, _ in enumerate(self.bound)]
+        return {
+            f"usr/lib/bootc/bound-images.d/{name}": f"/usr/share/containers/systemd/{name}" for name in names
+        }
 
     @property
     def etc_files(self) -> dict[str, bytes]:
@@ -229,15 +242,16 @@ def _tar(recipe: Recipe) -> bytes:
     if not recipe.uki:
         files[f"usr/lib/modules/{KVER}/vmlinuz"] = recipe.linux
         files[f"usr/lib/modules/{KVER}/initramfs.img"] = recipe.initramfs
-    return _tree(
-        files | dict(recipe.files), ["boot", "sysroot", "usr", "etc", "var", "usr/lib", "run", "proc"]
-    )
+    directories = ["boot", "sysroot", "usr", "etc", "var", "usr/lib", "run", "proc"]
+    return _tree(files | dict(recipe.files), directories, recipe.links)
 
 
-def _tree(files: Mapping[str, bytes], directories: list[str]) -> bytes:
-    parents = {str(parent) for path in files for parent in Path(path).parents if str(parent) != "."}
+def _tree(files: Mapping[str, bytes], directories: list[str], links: Mapping[str, str] = NO_LINKS) -> bytes:
+    paths = [*files, *links]
+    parents = {str(parent) for path in paths for parent in Path(path).parents if str(parent) != "."}
     names = sorted(parents | set(directories))
     made = [tars.directory(name.encode() + b"/") for name in names]
-    return b"".join(
-        [*made, *(tars.file(path.encode(), data) for path, data in sorted(files.items())), tars.END]
-    )
+    made += [tars.file(path.encode(), data) for path, data in sorted(files.items())]
+    for path, text in sorted(links.items()):
+        made.append(tars.header(path.encode(), kind=b"2", link=text.encode(), mode=0o777))
+    return b"".join([*made, tars.END])

@@ -79,6 +79,7 @@ class Store:
         self, tar: bytes, below: Iterable[str] = (), entries: list[dict[str, Any]] | None = None
     ) -> str:
         """Unpack ``tar`` above the layers ``below`` (nearest first); returns the layer's id."""
+        nearest = list(below)
         diff_id = hashlib.sha256(tar).hexdigest()
         layer_id = hashlib.sha256(f"{len(self.layers)} {diff_id}".encode()).hexdigest()
         diff = self.diff(layer_id)
@@ -94,11 +95,12 @@ class Store:
                     assert file is not None
                     path.write_bytes(file.read())
         (self.root / "overlay/l" / self.link(layer_id)).symlink_to(f"../{layer_id}/diff")
-        lower = ":".join(f"l/{self.link(one)}" for one in below)
+        lower = ":".join(f"l/{self.link(one)}" for one in nearest)
         if lower:
             (diff.parent / "lower").write_text(lower)
         self.split(layer_id, tar_split(tar) if entries is None else entries)
-        self.layers.append({"id": layer_id, "diff-digest": f"sha256:{diff_id}", "diff-size": len(tar)})
+        entry = {"id": layer_id, "diff-digest": f"sha256:{diff_id}", "diff-size": len(tar)}
+        self.layers.append(entry | ({"parent": nearest[0]} if nearest else {}))
         self._write()
         return layer_id
 
@@ -154,10 +156,25 @@ class Store:
         (directory / ("=" + base64.b64encode(data.encode()).decode())).write_bytes(config)
         digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
         self.images.append(
-            {"id": image_id, "names": list(names), "digest": digest, "big-data-names": ["manifest", data]}
+            {
+                "id": image_id,
+                "names": list(names),
+                "digest": digest,
+                "layer": wanted[-1]["id"] if wanted else "",
+                "big-data-names": ["manifest", data],
+            }
         )
         self._write()
         return image_id
+
+    def containers(self, images: Iterable[str]) -> None:
+        """Let a container use each of these images."""
+        place = self.root / "overlay-containers"
+        place.mkdir()
+        (place / "containers.lock").touch()
+        entries = [{"id": image[::-1], "image": image, "layer": ""} for image in images]
+        (place / "containers.json").write_text(json.dumps(entries))
+        self._write()
 
     def _write(self) -> None:
         for kind, entries in (("images", self.images), ("layers", self.layers)):

@@ -148,11 +148,11 @@ class Podman:
 
     def remove(self, images: Iterable[str]) -> None:
         """Remove images by id or name, with the layers that no other image has. A name goes alone if the
-        image has others. What is not there is fine.
+        image has others. What is not there is fine. Parents without a name stay: others may want them.
         """
         wanted = list(images)
         for at in range(0, len(wanted), _AT_ONCE):
-            self.run(["image", "rm", "--ignore", "--", *wanted[at : at + _AT_ONCE]])
+            self.run(["image", "rm", "--ignore", "--no-prune", "--", *wanted[at : at + _AT_ONCE]])
 
     def tag(self, image_id: str, *names: str) -> None:
         """Give an image more names."""

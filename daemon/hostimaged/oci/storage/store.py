@@ -12,7 +12,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
 
 from hostimaged.errors import ImageNotFound, StorageError, from_os_error
 from hostimaged.ids import DiffId
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 _DIRECTORIES: Final = ("overlay", "overlay-images", "overlay-layers")
 _IMAGES: Final = "overlay-images/images.json"
 _LAYERS: Final = "overlay-layers/layers.json"
-_LOCKS: Final = {_IMAGES: "overlay-images/images.lock", _LAYERS: "overlay-layers/layers.lock"}
+#: Some containers are forgotten at the next boot.
+_CONTAINERS: Final = (
+    "overlay-containers/containers.json",
+    "overlay-containers/volatile-containers.json",
+)
+_LOCKS: Final = {
+    _IMAGES: "overlay-images/images.lock",
+    _LAYERS: "overlay-layers/layers.lock",
+    **dict.fromkeys(_CONTAINERS, "overlay-containers/containers.lock"),
+}
 #: An image or a layer takes some KiB.
 _MAX_INDEX: Final = 64 << 20
 _MANIFEST: Final = "manifest"
@@ -66,6 +75,8 @@ class StoredImage:
     digest: str
     #: Names of the files that come with it.
     data: tuple[str, ...]
+    #: The layers that it is made of, each with what is below it; none for a list of images.
+    tops: tuple[str, ...] = ()
 
     def manifest(self, digest: SourceDigest | None = None) -> bytes:
         """Its manifest as it is stored: OCI's or docker's; or the one of ``digest``, if that is kept.
@@ -199,6 +210,7 @@ class Store:
             _texts(entry.get("names")),
             digest if isinstance(digest, str) else "",
             _texts(entry.get("big-data-names")),
+            tuple(filter(_is_id, (entry.get("layer"), *_texts(entry.get("mapped-layers"))))),
         )
 
     def names(self) -> list[str]:
@@ -246,6 +258,20 @@ class Store:
                 known = size if isinstance(size, int) and size >= 0 else -1
                 found[DiffId("sha256:" + digest.removeprefix("sha256:"))] = StoredLayer(entry["id"], known)
         return found
+
+    def layer_parents(self) -> dict[str, str]:
+        """All layers by id, each with that of the one below it, or ""."""
+        found = {}
+        for entry in self._index(_LAYERS):
+            if isinstance(entry, dict) and _is_id(entry.get("id")):
+                parent = entry.get("parent")
+                found[entry["id"]] = parent if _is_id(parent) else ""
+        return found
+
+    def containers(self) -> tuple[tuple[str, str], ...]:
+        """All containers: the image of each, or "", and its layer."""
+        entries = [entry for name in _CONTAINERS for entry in self._index(name) if isinstance(entry, dict)]
+        return tuple((str(entry.get("image", "")), str(entry.get("layer", ""))) for entry in entries)
 
     @contextmanager
     def reading_layers(self) -> Iterator[None]:
@@ -311,7 +337,7 @@ class Store:
         return data
 
 
-def _is_id(value: object) -> bool:
+def _is_id(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and _ID.match(value) is not None
 
 

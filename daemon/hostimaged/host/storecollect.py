@@ -1,0 +1,91 @@
+"""Removing images from bootc's own containers-storage, by podman; what stays is decided in ``storekeep``.
+
+Only that store is ever touched. An image is removed by its id, after its names are: podman refuses to remove
+one with several names by its id. Nothing is forced, so what a container uses since stays, and nothing else is
+pruned with it: podman would take parents without a name along. Whatever interrupts this, doing it again ends
+the work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from hostimaged.errors import Cancelled, HostimageError
+from hostimaged.host import storerecord
+from hostimaged.host.storekeep import LOCK_TIMEOUT
+from hostimaged.oci.storage import owned
+from hostimaged.oci.storage.contents import called
+from hostimaged.oci.storage.store import Store
+
+if TYPE_CHECKING:
+    from hostimaged.host.session import Session
+    from hostimaged.host.storekeep import StorePlan
+    from hostimaged.oci.storage.store import StoredImage
+    from hostimaged.system.paths import HostPaths
+
+#: Images for one call of podman, as in bootc.
+BATCH: Final = 100
+#: Names that a result tells.
+_TOLD: Final = 100
+
+
+def remember(paths: HostPaths, plan: StorePlan) -> None:
+    """Write down which images are needed now: when they are not any more, they go at once.
+
+    Raises what writing raises.
+    """
+    if not plan.exists:
+        return
+    there = {image.id for image, _ in plan.stay} | {image.id for image in plan.gone}
+    storerecord.write(paths.store_record, (storerecord.read(paths.store_record) | plan.needed) & there)
+
+
+def told(plan: StorePlan) -> dict[str, Any]:
+    """What a result says of the store: ``store-images`` that go, ``store-bytes`` that this frees, and
+    ``store-kept``: why nothing goes. Nothing of it where there is nothing to say.
+    """
+    found: dict[str, Any] = {}
+    if plan.gone:
+        found |= {"store-images": plan.names[:_TOLD], "store-bytes": plan.freed}
+    if plan.doubts:
+        found["store-kept"] = list(plan.doubts[:_TOLD])
+    return found
+
+
+def remove(session: Session, plan: StorePlan) -> dict[str, Any]:
+    """Remove what goes. The result has ``store-problem`` if some of it is still there, and says why.
+
+    Raises ``Cancelled``. A podman that fails is no error: all else is collected.
+    """
+    session.reporter.at("collect.store")
+    if not plan.gone:
+        return {}
+    problem = "podman kept them"
+    try:
+        with owned.podman(
+            session.paths, session.work, lambda: session.reporter.at("collect.podman")
+        ) as podman:
+            for image in plan.gone:
+                if len(image.names) > 1:
+                    podman.untag(image.id, *image.names)
+            for start in range(0, len(plan.gone), BATCH):
+                podman.remove(image.id for image in plan.gone[start : start + BATCH])
+                session.reporter.at("collect.store")
+    except Cancelled:
+        raise
+    except HostimageError as error:
+        problem = error.message
+    left = _left(session, plan)
+    if not left:
+        return {}
+    return {"store-problem": f"{', '.join(map(called, left[:_TOLD]))} could not be removed: {problem}"}
+
+
+def _left(session: Session, plan: StorePlan) -> list[StoredImage]:
+    """What should be gone, and is still there or may be."""
+    wanted = {image.id for image in plan.gone}
+    try:
+        with Store.open(session.paths.store, lock_timeout=LOCK_TIMEOUT) as store:
+            return [image for image in store.images() if image.id in wanted]
+    except HostimageError:
+        return list(plan.gone)
