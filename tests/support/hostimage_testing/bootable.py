@@ -36,7 +36,7 @@ PACKAGES = (
 #: Of ``v3``.
 OTHER_KERNEL = ("linux-image-amd64",)
 #: A file of ``v2`` and ``v3`` that nothing uses.
-MATERIAL = "usr/share/hostimage-testing/material"
+MATERIAL = "usr/share/hostimage-testing.material"
 CREATED = {f"v{n}": f"2026-11-0{n}T08:00:00Z" for n in (1, 2, 3)}
 #: What updates follow: a link that tests point to the layout of a version.
 TRACKED = "oci:/run/os:latest"
