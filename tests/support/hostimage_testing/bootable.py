@@ -68,6 +68,7 @@ _FILES = {
     "etc/systemd/system.conf.d/test.conf": (
         "[Manager]\nDefaultDeviceTimeoutSec=10min\nDefaultTimeoutStartSec=10min\n"
     ),
+    "etc/systemd/system/hostimaged-boot-check.service.d/test.conf": "[Service]\nTimeoutStartSec=10min\n",
     # Whoever is at the serial console may do everything: this is a machine for tests.
     "etc/systemd/system/serial-getty@ttyS0.service.d/test.conf": (
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty --autologin root --noclear %I linux\n"
