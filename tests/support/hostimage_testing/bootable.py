@@ -36,7 +36,7 @@ PACKAGES = (
 #: Of ``v3``.
 OTHER_KERNEL = ("linux-image-amd64",)
 #: A file of ``v2`` and ``v3`` that nothing uses.
-MATERIAL = "usr/share/hostimage-testing/material"
+MATERIAL = "usr/share/hostimage-testing.material"
 CREATED = {f"v{n}": f"2026-11-0{n}T08:00:00Z" for n in (1, 2, 3)}
 #: What updates follow: a link that tests point to the layout of a version.
 TRACKED = "oci:/run/os:latest"
@@ -106,6 +106,7 @@ _FILES = {
     "etc/systemd/system.conf.d/test.conf": (
         "[Manager]\nDefaultDeviceTimeoutSec=10min\nDefaultTimeoutStartSec=10min\n"
     ),
+    "etc/systemd/system/hostimaged-boot-check.service.d/test.conf": "[Service]\nTimeoutStartSec=10min\n",
     # Whoever is at the serial console may do everything: this is a machine for tests.
     "etc/systemd/system/serial-getty@ttyS0.service.d/test.conf": (
         f'[Unit]\nConditionFirmware=smbios-field(product_name = "{FOR_PEOPLE}")\n\n'

@@ -59,5 +59,5 @@ def _changes(number: int) -> bytes:
     parts = [tars.file(path, text.encode(), mode=0o644) for path, text in texts.items()]
     for file in range(_FILES):
         data = seeded.randbytes(seeded.randrange(*_SIZES))
-        parts.append(tars.file(b"usr/share/successor/%d" % file, data, mode=0o644))
+        parts.append(tars.file(b"usr/share/successor.%d" % file, data, mode=0o644))
     return b"".join(parts) + tars.END
