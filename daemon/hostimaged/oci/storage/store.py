@@ -12,7 +12,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeGuard
 
 from hostimaged.errors import ImageNotFound, StorageError, from_os_error
 from hostimaged.ids import DiffId
@@ -46,6 +46,22 @@ _MANIFEST: Final = "manifest"
 _ID: Final = re.compile(r"[0-9a-f]{64}\Z")
 #: Seconds that a lock is waited for. podman holds it while it unpacks a layer.
 DEFAULT_LOCK_TIMEOUT: Final = 60.0
+
+
+#: Lists of what has layers; some containers are forgotten at the next boot.
+_HAVE_LAYERS: Final = (
+    _IMAGES,
+    "overlay-containers/containers.json",
+    "overlay-containers/volatile-containers.json",
+)
+
+
+class LayerFacts(NamedTuple):
+    """The layer below, or "", the digest of its tar, or "", and the size of that, or -1."""
+
+    parent: str
+    digest: str
+    size: int
 
 
 class StoreMissing(ImageNotFound):
@@ -285,6 +301,32 @@ class Store:
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def layer_facts(self) -> dict[str, LayerFacts]:
+        """What is known of each layer, by id: also of those that have no digest."""
+        found: dict[str, LayerFacts] = {}
+        for entry in self._index(_LAYERS):
+            if isinstance(entry, dict) and _is_id(entry.get("id")):
+                digest, size, parent = entry.get("diff-digest"), entry.get("diff-size"), entry.get("parent")
+                found[entry["id"]] = LayerFacts(
+                    parent if isinstance(parent, str) else "",
+                    digest if isinstance(digest, str) else "",
+                    size if isinstance(size, int) else -1,
+                )
+        return found
+
+    def tops(self) -> frozenset[str]:
+        """Ids of the layers that an image or a container has, those below them not included."""
+        entries = [entry for name in _HAVE_LAYERS for entry in self._index_if_any(name)]
+        found: set[str] = set()
+        for entry in entries:
+            if isinstance(entry, dict):
+                found.update(_texts(entry.get("mapped-layers")))
+                found.update(_texts([entry.get("layer")]))
+        return frozenset(found)
+
+    def _index_if_any(self, name: str) -> list[Any]:
+        return self._index(name) if name in _LOCKS else self._parsed(name)
 
     # --- files ---------------------------------------------------------------------------------------------
 
