@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +223,33 @@ def test_a_file_that_an_object_shares_frees_nothing(recorded: Recorded) -> None:
     done = collected(host)
     assert done["store-bytes"] < 1 << 18
     assert (host.root / "object").stat().st_nlink == 1
+
+
+def test_layers_of_interrupted_pulls_go_after_a_day(recorded: Recorded) -> None:
+    """For that long whoever pulls again need not fetch them."""
+    life = recorded(installed)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, "localhost/os:stable")
+        put(podman, GONE, content=os.urandom(1 << 20))
+    store = HostPaths.scratch(host.root).store
+    # As it is when podman is killed: there are layers, and no image of them.
+    (index,) = store.glob("overlay-images/images.json")
+    images = json.loads(index.read_text())
+    (dead,) = [image for image in images if image["names"] == [GONE]]
+    index.write_text(json.dumps([image for image in images if image is not dead]))
+    shutil.rmtree(store / "overlay-images" / dead["id"])
+    follow(host, life.booted, "docker://localhost/os:stable")
+    assert "store-layers" not in collected(host)
+    assert (store / "overlay" / dead["layer"]).is_dir()
+    then = time.time() - 2 * DAY
+    os.utime(store / "overlay" / dead["layer"], (then, then))
+    done = collected(host)
+    assert done["store-layers"] == 1
+    assert 1 << 20 < done["store-bytes"] < 2 << 20
+    assert not (store / "overlay" / dead["layer"]).exists()
+    assert names(host) == {"localhost/os:stable"}
+    assert collected(host)["result"] == "nothing"
 
 
 def test_in_doubt_all_of_it_stays(recorded: Recorded) -> None:

@@ -16,6 +16,7 @@ from hostimaged.oci.models import CONFIG_TYPE, MANIFEST_TYPE
 from hostimaged.oci.storage.podman import LOCATION
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from hostimaged.oci.storage.podman import Podman
@@ -60,14 +61,15 @@ def leftovers(store: Store) -> list[Chain]:
     return chains
 
 
-def sweep(store: Store, podman: Podman) -> int:
+def sweep(store: Store, podman: Podman, spare: Collection[str] = ()) -> int:
     """Remove what ``leftovers`` finds, however often it takes; gives the number of chains.
 
-    For one who holds the repository alone: a pull under way has such layers, too. Raises as ``Podman.run``.
+    ``spare``: chains with these layers at the top stay. For one who holds the repository alone: a pull under
+    way has such layers, too. Raises as ``Podman.run``.
     """
     removed = 0
     # A chain may have been on another one; and what cannot be removed is not tried twice.
-    tried: set[str] = set()
+    tried = set(spare)
     while chains := [chain for chain in leftovers(store) if chain.top not in tried]:
         for chain in chains:
             tried.add(chain.top)

@@ -48,12 +48,8 @@ _ID: Final = re.compile(r"[0-9a-f]{64}\Z")
 DEFAULT_LOCK_TIMEOUT: Final = 60.0
 
 
-#: Lists of what has layers; some containers are forgotten at the next boot.
-_HAVE_LAYERS: Final = (
-    _IMAGES,
-    "overlay-containers/containers.json",
-    "overlay-containers/volatile-containers.json",
-)
+#: Lists of what has layers.
+_HAVE_LAYERS: Final = (_IMAGES, *_CONTAINERS)
 
 
 class LayerFacts(NamedTuple):
@@ -275,15 +271,6 @@ class Store:
                 found[DiffId("sha256:" + digest.removeprefix("sha256:"))] = StoredLayer(entry["id"], known)
         return found
 
-    def layer_parents(self) -> dict[str, str]:
-        """All layers by id, each with that of the one below it, or ""."""
-        found = {}
-        for entry in self._index(_LAYERS):
-            if isinstance(entry, dict) and _is_id(entry.get("id")):
-                parent = entry.get("parent")
-                found[entry["id"]] = parent if _is_id(parent) else ""
-        return found
-
     def containers(self) -> tuple[tuple[str, str], ...]:
         """All containers: the image of each, or "", and its layer."""
         entries = [entry for name in _CONTAINERS for entry in self._index(name) if isinstance(entry, dict)]
@@ -317,16 +304,13 @@ class Store:
 
     def tops(self) -> frozenset[str]:
         """Ids of the layers that an image or a container has, those below them not included."""
-        entries = [entry for name in _HAVE_LAYERS for entry in self._index_if_any(name)]
+        entries = [entry for name in _HAVE_LAYERS for entry in self._index(name)]
         found: set[str] = set()
         for entry in entries:
             if isinstance(entry, dict):
                 found.update(_texts(entry.get("mapped-layers")))
                 found.update(_texts([entry.get("layer")]))
         return frozenset(found)
-
-    def _index_if_any(self, name: str) -> list[Any]:
-        return self._index(name) if name in _LOCKS else self._parsed(name)
 
     # --- files ---------------------------------------------------------------------------------------------
 
