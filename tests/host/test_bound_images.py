@@ -161,9 +161,7 @@ def test_failures_name_the_image_and_leave_nothing(
     nothing_staged(host)
     assert staged(host, image)["result"] == "bound-missing"
     monkeypatch.setenv("PATH", str(host.root / "empty"))
-    with pytest.raises(
-        ProgramMissing, match="podman is needed and not installed: it would fetch .*such-image"
-    ):
+    with pytest.raises(ProgramMissing, match=r"podman is needed .*it would fetch .*such-image"):
         fetch(host, image)
 
 
