@@ -43,9 +43,9 @@ def print_garbage(result: Mapping[str, object], console: Console) -> None:
         counts = number_of(result.get("objects-removed")), number_of(result.get("objects-bytes"))
         boot = number_of(result.get("boot-bytes"))
         more = f", and {size(boot)} where the host boots from" if boot else ""
-        if images := _names(result.get("store-images")):
-            space = size(number_of(result.get("store-bytes")))
-            more += f", and container images of {space} ({len(images)})"
+        if space := number_of(result.get("store-bytes")):
+            images = len(_names(result.get("store-images")))
+            more += f", and container images of {size(space)} ({images})"
         console.line(f"{doing} {counts[0]} objects of {size(counts[1])}{more}")
     _print_names(result, console)
 

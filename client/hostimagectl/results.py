@@ -48,6 +48,8 @@ _LOCKED: Final = f"downloaded {{}}: it waits for '{PROGRAM} upgrade --from-downl
 _SHOWN: Final = ("image", "manifest-digest", "kernel-arguments", "soft-reboot")
 #: Changes of the host's own that the shutdown carries over to what is staged, as they are now.
 _ETC: Final = ("etc-added", "etc-modified", "etc-removed")
+#: Container images that a deployment is bound to.
+_BOUND: Final = {"bound-images": "Bound to", "bound-fetched": "Fetched for it"}
 _LABELS: Final = {"manifest-digest": "Manifest", "config-digest": "Config", "image-ids": "Image ids"}
 #: Results of a pull that are in its first line, or of no use to a person.
 _PULL_SHOWN: Final = ("manifest-digest", "source-digest", "version", "tag", "stored-as", "not-unified")
@@ -101,6 +103,7 @@ def _print_words(job: Job, console: Console) -> bool:
     rows += [(_label(key), text) for key in _SHOWN if (text := text_of(result.get(key)))]
     if counts := [f"{number_of(result[key])} {key[4:]}" for key in _ETC if number_of(result.get(key))]:
         rows.append(("Kept of /etc", ", ".join(counts)))
+    rows += [(label, _structure(result[key])) for key, label in _BOUND.items() if result.get(key)]
     console.fields(rows, indent="  ")
     return True
 

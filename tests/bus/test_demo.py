@@ -24,12 +24,13 @@ def run_demo(temporary: Path, **environment: str) -> subprocess.CompletedProcess
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=110,
+        timeout=280,
         env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": parts} | environment,
     )
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_demo_works_and_leaves_nothing(tmp_path: Path) -> None:
     require("dbus-daemon")
     done = run_demo(tmp_path)

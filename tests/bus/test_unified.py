@@ -108,7 +108,8 @@ async def test_r20_a_unified_host_stays_so(
     assert (await client.job(path))["Result"]["stored-as"] == images[0]
     assert await unified(client)
     # Nothing is imported.
-    assert (await client.status())["images"] == []
+    status = await client.status()
+    assert (status["images"], status["unified"]) == ([], True)
     path = await client.pull(f"docker://{images[2]}")
     assert (await client.removed(path))[3] == "done"
     assert (await client.job(path))["Result"]["unified"] is True

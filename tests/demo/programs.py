@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import select
 import shlex
 import shutil
@@ -39,6 +40,13 @@ _BUS_CONFIGURATION: Final = """\
     <allow receive_sender="*"/>
   </policy>
 </busconfig>
+"""
+
+
+#: Mounts for podman, which go with it: nothing of the machine's containers, and the store ($0).
+_MOUNTS: Final = """\
+mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /dev/shm &&
+mkdir /run/store && mount --bind "$0" /run/store && exec "$@"
 """
 
 
@@ -135,6 +143,28 @@ class Programs:
         if done.returncode:
             print(done.stdout + done.stderr, flush=True)
         return done.returncode == 0
+
+    @staticmethod
+    def can_run_containers() -> bool:
+        """Whether there is all that ``container`` needs; the program in the sample image is for x86-64."""
+        able = os.geteuid() == 0 and platform.machine() == "x86_64"
+        return able and all(map(shutil.which, ("podman", "runc", "unshare")))
+
+    def container(self, image: str, *command: str) -> str:
+        """What ``command`` prints in a container of an image of the store of the host.
+
+        podman has a store of its own here, in memory, and takes that of the host as an additional one.
+        """
+        arguments = [
+            "podman", "--root", "/run/own", "--runroot", "/run/own-run", "--storage-driver", "overlay",
+            "--storage-opt", "additionalimagestore=/run/store",
+            "run", "--rm", "--pull=never", "--runtime", "runc", "--network", "none",
+            "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", image, *command,
+        ]  # fmt: skip
+        print_command(arguments)
+        store = self._scratch.repository / "bootc/storage"
+        argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _MOUNTS, str(store), *arguments]
+        return self._run(argv, 0, stdout=subprocess.PIPE)
 
     def _spawn(
         self, name: str, argv: Sequence[str], pass_fds: Sequence[int] = (), **environment: str

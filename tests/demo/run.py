@@ -90,6 +90,7 @@ class Demo:
         self._upgrade()
         self._roll_back()
         self._collect()
+        self._unify()
         heading("The end")
         status = self._status()
         self._check("no problems, nothing left running", status["problems"] == [] and status["jobs"] == [])
@@ -200,6 +201,21 @@ class Demo:
         self._check("what was announced is gone, and nothing else", freed == told["objects-freed"] > 0)
         status = self._status()
         self._check("version 1 still runs, alone", _version(status, "booted") == "1")
+
+    def _unify(self) -> None:
+        if not self._programs.can_run_containers():
+            print("  (podman, runc and root's rights are needed for containers: left out)", flush=True)
+            return
+        heading("Unified storage: the image is a container image, too, and is stored once")
+        image = self._publish("4")
+        self._programs.ctl("set-unified", "on")
+        done = self._programs.json("pull", show=True)["result"]
+        self._check("nothing of it was fetched twice", done["bytes-fetched"] == 0 and done["unified"] is True)
+        self._check("and nothing copied", done["objects-copied"] == 0)
+        self._check("it is the image that was published", done["manifest-digest"] == image.manifest_digest)
+        printed = self._programs.container(done["stored-as"], "/usr/bin/release")
+        print(printed, end="", flush=True)
+        self._check("a container of it prints its own os-release", "VERSION_ID=4" in printed)
 
     def _objects(self) -> int:
         return sum(1 for _ in (self._scratch.repository / "objects").glob("??/*"))

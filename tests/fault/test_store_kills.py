@@ -110,9 +110,9 @@ def podmen(process: subprocess.Popen[str]) -> list[int]:
 
 
 def killed(process: subprocess.Popen[str], after: float, *, podman: bool) -> str:
-    """Kill the process, or what it started, so many seconds from now; says what became of it."""
+    """Kill the process so many seconds from now, or what it has started then; says what became of it."""
     end = time.monotonic() + after
-    while time.monotonic() < end and process.poll() is None:
+    while process.poll() is None and (time.monotonic() < end or (podman and not podmen(process))):
         time.sleep(0.005)
     if not podman:
         process.kill()
@@ -150,7 +150,7 @@ def test_collections(scene: Scene, *, podman: bool) -> None:
     for _ in range(KILLS):
         fill(host)
         with running(sys.executable, str(collect_once.__file__), host.root) as process:
-            ends[killed(process, chance.uniform(0, took), podman=podman)] += 1
+            ends[killed(process, chance.uniform(0, took * 0.8), podman=podman)] += 1
         assert LIVE in names(host)
         with session(host) as opened:
             collect(opened)
@@ -160,7 +160,7 @@ def test_collections(scene: Scene, *, podman: bool) -> None:
         with session(host) as opened:
             assert collect(opened)["result"] == "nothing"
     print(f"seed {SEED}: {KILLS} kills of {'podman' if podman else 'all'} within {took:.1f} s: {dict(ends)}")
-    assert podman or ends["killed"]
+    assert ends["killed"] or podman
 
 
 @pytest.mark.parametrize("podman", [False, True])
@@ -179,7 +179,7 @@ def test_fetches(scene: Scene, *, podman: bool) -> None:
     for _ in range(KILLS):
         shutil.rmtree(host.repository / "bootc")
         with running(sys.executable, str(fetch_once.__file__), host.root, image.id) as process:
-            ends[killed(process, chance.uniform(0, took), podman=podman)] += 1
+            ends[killed(process, chance.uniform(0, took * 0.8), podman=podman)] += 1
         # Half an image has no name.
         if wanted in names(host):
             in_order(host, wanted)
@@ -189,4 +189,4 @@ def test_fetches(scene: Scene, *, podman: bool) -> None:
         assert names(host) == {wanted}
         in_order(host, wanted)
     print(f"seed {SEED}: {KILLS} kills of {'podman' if podman else 'all'} within {took:.1f} s: {dict(ends)}")
-    assert podman or ends["killed"]
+    assert ends["killed"] or podman

@@ -161,7 +161,7 @@ def test_failures_name_the_image_and_leave_nothing(
     nothing_staged(host)
     assert staged(host, image)["result"] == "bound-missing"
     monkeypatch.setenv("PATH", str(host.root / "empty"))
-    with pytest.raises(ProgramMissing, match="podman is needed"):
+    with pytest.raises(ProgramMissing, match=r"podman is needed .*it would fetch .*such-image"):
         fetch(host, image)
 
 
@@ -293,3 +293,14 @@ def test_the_store_of_the_first_deployment_has_labels(
     assert (store / ".bootc_labeled").exists()
     for path in (store, store / "overlay-images/images.json", *store.glob("overlay/*/diff")):
         assert os.getxattr(path, "security.selinux").startswith(b"system_u:object_r:container_var_lib_t:s0")
+
+
+def test_units_that_nobody_understands_are_a_problem_of_the_deployment(recorded: Recorded) -> None:
+    host = recorded(installed).host
+    odd = host.deploy(host.image(Recipe(version="9", bound=("quay.io/%i",))))
+    host.live(odd)
+    host.booted(odd)
+    (row,) = [row for row in scan(HostPaths.scratch(host.root))["deployments"] if row["booted"]]
+    assert row["bound-images"] == []
+    (problem,) = [problem for problem in row["problems"] if problem["id"] == "bound-images"]
+    assert "app0.container: specifiers (%) are not supported" in problem["text"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +15,13 @@ from bootc_model import Bootc
 from hostimage_testing.collecting import DAY, age, collected, told
 from hostimage_testing.disk import Crash
 from hostimage_testing.hosts import Deployment, RecordedHost
+from hostimage_testing.layout import Layout
 from hostimage_testing.lives import Life, installed, staged, upgraded
 from hostimage_testing.operating import session
 from hostimage_testing.os_images import Recipe
 from hostimage_testing.owned_stores import age_images, names, podman_on, put, put_os, stored
+from hostimage_testing.registry import Registry
+from hostimage_testing.samples import copy, three_layers
 from hostimage_testing.tools import require
 from hostimaged.errors import Cancelled
 from hostimaged.host import reorder
@@ -112,6 +118,37 @@ def test_r22_bound_images_of_every_deployment_stay(recorded: Recorded) -> None:
     assert names(host) == wanted - {"quay.io/org/before:1"}
 
 
+@pytest.mark.parametrize("form", ["{}@{}", "{}:1@{}"])
+def test_r22_digested_references_keep_what_they_mean(
+    recorded: Recorded, registry: Registry, skopeo: str, tmp_path: Path, form: str
+) -> None:
+    """Pulled by digest or by tag: the name of the repository and the digest of the manifest tell."""
+    layout = Layout(tmp_path / "os")
+    three_layers(layout)
+    (digest,) = {entry["digest"] for entry in layout.manifests}
+    repository = f"{registry.host}/digested"
+    copy(skopeo, f"oci:{layout.path}:v1", f"docker://{repository}:1", "--preserve-digests")
+    life = recorded(installed)
+    host = life.host
+    (host.root / "etc/containers/registries.conf").write_text(registry.registries_conf)
+    follow(host, life.booted, f"docker://{form.format(repository, digest)}")
+    for pulled in (f"{repository}:1", f"{repository}@{digest}"):
+        with podman_on(host) as podman:
+            podman.run(["pull", "--quiet", pulled])
+            put(podman, GONE)
+        age_images(host)
+        collected(host)
+        assert GONE not in names(host)
+        (image,) = stored(host).values()
+        assert digest in image.digests
+        with podman_on(host) as podman:
+            podman.run(["untag", image.id])
+        age_images(host)
+        # Nor does it need a name.
+        assert "store-images" not in collected(host)
+        shutil.rmtree(host.repository / "bootc")
+
+
 def test_bootcs_collector_removes_the_same_where_it_is_right(recorded: Recorded, cfsctl: str) -> None:
     life = recorded(upgraded)
     host = life.host
@@ -186,6 +223,33 @@ def test_a_file_that_an_object_shares_frees_nothing(recorded: Recorded) -> None:
     done = collected(host)
     assert done["store-bytes"] < 1 << 18
     assert (host.root / "object").stat().st_nlink == 1
+
+
+def test_layers_of_interrupted_pulls_go_after_a_day(recorded: Recorded) -> None:
+    """For that long whoever pulls again need not fetch them."""
+    life = recorded(installed)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, "localhost/os:stable")
+        put(podman, GONE, content=os.urandom(1 << 20))
+    store = HostPaths.scratch(host.root).store
+    # As it is when podman is killed: there are layers, and no image of them.
+    (index,) = store.glob("overlay-images/images.json")
+    images = json.loads(index.read_text())
+    (dead,) = [image for image in images if image["names"] == [GONE]]
+    index.write_text(json.dumps([image for image in images if image is not dead]))
+    shutil.rmtree(store / "overlay-images" / dead["id"])
+    follow(host, life.booted, "docker://localhost/os:stable")
+    assert "store-layers" not in collected(host)
+    assert (store / "overlay" / dead["layer"]).is_dir()
+    then = time.time() - 2 * DAY
+    os.utime(store / "overlay" / dead["layer"], (then, then))
+    done = collected(host)
+    assert done["store-layers"] == 1
+    assert 1 << 20 < done["store-bytes"] < 2 << 20
+    assert not (store / "overlay" / dead["layer"]).exists()
+    assert names(host) == {"localhost/os:stable"}
+    assert collected(host)["result"] == "nothing"
 
 
 def test_in_doubt_all_of_it_stays(recorded: Recorded) -> None:

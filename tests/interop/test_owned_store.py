@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hostimage_testing import tars
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import Layout
 from hostimage_testing.registry import Registry
-from hostimage_testing.samples import copy, three_layers
+from hostimage_testing.samples import BASE, copy, more, three_layers
 from hostimage_testing.tools import require
 from hostimaged.composefs.repository import Repository, Verity
 from hostimaged.errors import Cancelled, ImageNotFound
 from hostimaged.oci.reference import ImageReference
 from hostimaged.oci.storage import owned
+from hostimaged.oci.storage.leftovers import leftovers, sweep
 from hostimaged.oci.storage.podman import Podman
 from hostimaged.system.paths import HostPaths
 
@@ -129,6 +132,42 @@ def test_errors_are_those_of_sources(podman: Podman, registry: Registry) -> None
     reference = ImageReference.parse(f"docker://{registry.host}/nothing:here")
     with pytest.raises(ImageNotFound, match="nothing:here"):
         podman.run(["pull", reference.name], reference=reference)
+
+
+def test_r24_what_an_interrupted_pull_leaves_is_swept(
+    tmp_path: Path, host: HostPaths, podman: Podman, registry: Registry, skopeo: str
+) -> None:
+    """Layers that no image has; those that one has stay."""
+    layout = Layout(tmp_path / "layout")
+    noise = random.Random(1).randbytes
+    shared = layout.layer(BASE, "gzip")
+    layout.image("kept", [shared, layout.layer(more(b"kept"), "none")])
+    slow = tars.file(b"usr/large", noise(100 << 20)) + tars.END
+    layout.image("left", [shared, layout.layer(more(b"left"), "gzip"), layout.layer(slow, "none")])
+    names = {tag: f"{registry.host}/swept:{tag}" for tag in ("kept", "left")}
+    for tag, name in names.items():
+        copy(skopeo, f"oci:{layout.path}:{tag}", f"docker://{name}", "--preserve-digests")
+    podman.run(["pull", names["kept"]])
+    store = owned.open_store(host)
+    assert store is not None
+    with store:
+        before = store.layer_facts().keys()
+
+        def kill() -> None:
+            if len(store.layer_facts()) > len(before):
+                raise Cancelled
+
+        with pytest.raises(Cancelled):
+            podman.run(["pull", names["left"]], looked=kill)
+        (chain,) = leftovers(store)
+        assert len(chain.layers) in (2, 3)
+        assert [image.names for image in store.images()] == [(names["kept"],)]
+        assert sweep(store, podman) == 1
+        assert store.layer_facts().keys() == before
+        assert [image.names for image in store.images()] == [(names["kept"],)]
+        assert all(image.complete for image in store.images())
+        podman.run(["pull", names["left"]])
+        assert leftovers(store) == []
 
 
 def test_ends_when_the_job_does(host: HostPaths, work_dir: Path, podman: Podman) -> None:

@@ -49,6 +49,7 @@ def show(document: Mapping[str, Any], console: Console) -> None:
             *_reboot(document),
             *_holds(document),
             ("Repository", _repository(document.get("repository"))),
+            *([("Storage", "shared with containers")] if document.get("unified") is True else []),
             ("Daemon", f"hostimaged {text_of(daemon.get('version')) or ABSENT}"),
         ]
     )

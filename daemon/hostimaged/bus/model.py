@@ -208,6 +208,7 @@ class Model:
                 problems=self._problems(),
                 update=self._update(),
                 holds=self._holds.documents,
+                unified=self.unified,
             )
             self._answer = Encoded.of("s", [document])
         return self._answer

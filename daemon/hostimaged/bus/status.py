@@ -203,6 +203,7 @@ class StatusCache:
         problems: Sequence[Problem],
         update: dict[str, Any],
         holds: Sequence[dict[str, Any]],
+        unified: bool = False,
     ) -> str:
         """The native status document (``status.schema.json``)."""
         repository, host = self.findings.repository, self.findings.host
@@ -212,6 +213,7 @@ class StatusCache:
                 "daemon": {**daemon, "apiVersion": API_VERSION},
                 "repository": repository.model_dump() if repository else None,
                 "trackedImage": tracked_image,
+                "unified": unified,
                 "host": host.model_dump(by_alias=True) if host else None,
                 "rollbackQueued": self.findings.rollback_queued,
                 "deployments": [row.model_dump(by_alias=True) for row in self.findings.deployments],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.errors import HostimageError, ImageNotFound
+from hostimaged.errors import HostimageError, ImageNotFound, ProgramMissing
 from hostimaged.host import storerecord
 from hostimaged.host.storelabels import labeller
 from hostimaged.oci.reference import ImageReference
@@ -69,7 +69,11 @@ def fetch(paths: HostPaths, bound: Iterable[BoundImage], reporter: Reporter) -> 
     if not wanted:
         return {}
     # Before a store is made that nothing would fill.
-    find_program("podman")
+    try:
+        find_program("podman")
+    except ProgramMissing:
+        detail = f"it would fetch {wanted[0].image}, which the image is bound to"
+        raise ProgramMissing(detail, program="podman") from None
     reporter.phase(Phase.PULLING)
     with private_directory(paths.temporary, "bound-") as work:
         owned.ensure(paths, work, reporter.at, labeller(paths))

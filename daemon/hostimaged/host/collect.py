@@ -275,7 +275,7 @@ def _result(plan: Plan, marked: Marked, swept: GcResult) -> dict[str, Any]:
     }
     things = [*gone.values(), roots.orphan_marker, roots.staged_left, *swept.as_dict().values()]
     return {
-        "result": "collected" if any([*things, plan.store.gone]) else "nothing",
+        "result": "collected" if any([*things, plan.store.anything]) else "nothing",
         **_numbers(swept),
         "boot-bytes": sum(each.size for each in plan.artifacts),
         "deployments-kept": len(roots.roots),

@@ -62,6 +62,7 @@ class ProblemId(StrEnum):
     ARTIFACT_MISSING = "artifact-missing"
     ENTRY_MISSING = "entry-missing"
     ENTRY_TWICE = "entry-twice"
+    BOUND_IMAGES = "bound-images"
     # Of the host.
     REPOSITORY = "repository"
     BOOTED_UNKNOWN = "booted-unknown"

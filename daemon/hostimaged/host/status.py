@@ -6,14 +6,13 @@ scan. Nothing here takes a lock, writes, or raises for damage.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hostimaged.composefs.repository import Repository, RepositoryMissing
-from hostimaged.errors import BootLoaderError, HostimageError
+from hostimaged.errors import BootLoaderError, HostimageError, UnsupportedImage
 from hostimaged.host import bootc_v1, boundimages, boundstore, espmount
-from hostimaged.host.model import Problem, ProblemId, Role
+from hostimaged.host.model import Problem, ProblemId, Role, Severity
 from hostimaged.host.read import read_host
 from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
@@ -21,14 +20,15 @@ from hostimaged.host.unified import stored_names
 from hostimaged.oci.scan import scan_repository
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from hostimaged.host.boundimages import BoundImage
     from hostimaged.host.model import Deployment, HostState
     from hostimaged.ids import DeploymentId
     from hostimaged.system.paths import HostPaths
 
-    Bound: TypeAlias = dict[DeploymentId, list[tuple[BoundImage, bool | None]]]
+    _Presence: TypeAlias = tuple[BoundImage, bool | None]
+    Bound: TypeAlias = dict[DeploymentId, list[_Presence] | Problem]
 
 #: Seconds that a lock of bootc's store is waited for: a status must not be late for podman's sake.
 _STORE_TIMEOUT: Final = 0.5
@@ -95,14 +95,21 @@ def _scan(
 
 
 def _bound(paths: HostPaths, repository: Repository | None, state: HostState) -> Bound:
-    """The images that deployments are bound to; of those of which that cannot be told there are none."""
+    """The images that deployments are bound to, or what is wrong with what says so.
+
+    Where there is no image to look into, the deployment has a problem already.
+    """
     found: Bound = {}
     if repository is None:
         return found
     for row in state.visible:
-        with suppress(HostimageError):
+        try:
             images = boundimages.of_deployment(repository, row.id)
             found[row.id] = boundstore.presence(paths, images, lock_timeout=_STORE_TIMEOUT)
+        except UnsupportedImage as error:
+            found[row.id] = Problem(ProblemId.BOUND_IMAGES, error.message, Severity.WARNING)
+        except HostimageError:
+            continue
     return found
 
 
@@ -115,7 +122,7 @@ def deployments(state: HostState, bound: Bound | None = None) -> dict[str, Any]:
     known = bound or {}
     return {
         "unsettled": state.marker is None and state.sets.staged is not None,
-        "deployments": [_row(row, place, known.get(row.id, ())) for place, row in enumerate(state.visible)],
+        "deployments": [_row(row, place, known.get(row.id, [])) for place, row in enumerate(state.visible)],
         "rollback-queued": state.rollback_queued,
         "host": None if not state.visible else _host(state),
     }
@@ -135,7 +142,9 @@ def _host(state: HostState) -> dict[str, Any]:
     }
 
 
-def _row(row: Deployment, place: int, bound: Iterable[tuple[BoundImage, bool | None]]) -> dict[str, Any]:
+def _row(row: Deployment, place: int, known: list[_Presence] | Problem) -> dict[str, Any]:
+    bound = [] if isinstance(known, Problem) else known
+    problems = (*row.problems, known) if isinstance(known, Problem) else row.problems
     facts = row.image
     reference = None if row.origin is None else row.origin.reference
     files = [shown(entry.file_name) for entry in (row.live, row.staged) if entry is not None]
@@ -162,7 +171,7 @@ def _row(row: Deployment, place: int, bound: Iterable[tuple[BoundImage, bool | N
         "verity": str(row.verity),
         "order": place,
         "bound-images": [{"image": shown(image.image), "present": present} for image, present in bound],
-        "problems": [_problem(problem) for problem in row.problems],
+        "problems": [_problem(problem) for problem in problems],
     }
 
 

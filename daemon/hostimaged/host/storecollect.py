@@ -15,12 +15,12 @@ from hostimaged.host import storerecord
 from hostimaged.host.storekeep import LOCK_TIMEOUT
 from hostimaged.oci.storage import owned
 from hostimaged.oci.storage.contents import called
+from hostimaged.oci.storage.leftovers import sweep
 from hostimaged.oci.storage.store import Store
 
 if TYPE_CHECKING:
     from hostimaged.host.session import Session
     from hostimaged.host.storekeep import StorePlan
-    from hostimaged.oci.storage.store import StoredImage
     from hostimaged.system.paths import HostPaths
 
 #: Images for one call of podman, as in bootc.
@@ -41,24 +41,30 @@ def remember(paths: HostPaths, plan: StorePlan) -> None:
 
 
 def told(plan: StorePlan) -> dict[str, Any]:
-    """What a result says of the store: ``store-images`` that go, ``store-bytes`` that this frees, and
-    ``store-kept``: why nothing goes. Nothing of it where there is nothing to say.
+    """What a result says of the store: ``store-images`` that go, the number of ``store-layers`` beside them,
+    ``store-bytes`` that this frees, and ``store-kept``: why nothing goes. Nothing where there is nothing to
+    say.
     """
     found: dict[str, Any] = {}
     if plan.gone:
-        found |= {"store-images": plan.names[:_TOLD], "store-bytes": plan.freed}
+        found["store-images"] = plan.names[:_TOLD]
+    if plan.layers:
+        found["store-layers"] = len(plan.layers)
+    if plan.anything:
+        found["store-bytes"] = plan.freed
     if plan.doubts:
         found["store-kept"] = list(plan.doubts[:_TOLD])
     return found
 
 
 def remove(session: Session, plan: StorePlan) -> dict[str, Any]:
-    """Remove what goes. The result has ``store-problem`` if some of it is still there, and says why.
+    """Remove what goes, images before layers that nobody has. The result has ``store-problem`` if some of it
+    is still there, and says why.
 
     Raises ``Cancelled``. A podman that fails is no error: all else is collected.
     """
     session.reporter.at("collect.store")
-    if not plan.gone:
+    if not plan.anything:
         return {}
     problem = "podman kept them"
     try:
@@ -71,6 +77,9 @@ def remove(session: Session, plan: StorePlan) -> dict[str, Any]:
             for start in range(0, len(plan.gone), BATCH):
                 podman.remove(image.id for image in plan.gone[start : start + BATCH])
                 session.reporter.at("collect.store")
+            if plan.layers:
+                with Store.open(session.paths.store, lock_timeout=LOCK_TIMEOUT) as store:
+                    sweep(store, podman, plan.spared)
     except Cancelled:
         raise
     except HostimageError as error:
@@ -78,14 +87,19 @@ def remove(session: Session, plan: StorePlan) -> dict[str, Any]:
     left = _left(session, plan)
     if not left:
         return {}
-    return {"store-problem": f"{', '.join(map(called, left[:_TOLD]))} could not be removed: {problem}"}
+    return {"store-problem": f"{', '.join(left[:_TOLD])} could not be removed: {problem}"}
 
 
-def _left(session: Session, plan: StorePlan) -> list[StoredImage]:
-    """What should be gone, and is still there or may be."""
-    wanted = {image.id for image in plan.gone}
+def _left(session: Session, plan: StorePlan) -> list[str]:
+    """What should be gone, and is still there or may be, for people."""
+    images, layers = {image.id for image in plan.gone}, set(plan.layers)
     try:
         with Store.open(session.paths.store, lock_timeout=LOCK_TIMEOUT) as store:
-            return [image for image in store.images() if image.id in wanted]
-    except HostimageError:
-        return list(plan.gone)
+            images &= {image.id for image in store.images()}
+            layers &= store.layer_facts().keys()
+    except HostimageError as error:
+        return [error.message]
+    return [
+        *(called(image) for image in plan.gone if image.id in images),
+        *(f"layer {layer}" for layer in sorted(layers)),
+    ]

@@ -83,16 +83,25 @@ class Wanted:
 class StorePlan:
     """What a collection does to the store: images that stay, with the reasons, and those that go.
 
-    ``freed``: bytes that this frees. ``doubts``: why nothing goes. ``needed``: ids of those that deployments
-    need, or what was pulled. ``exists`` is False where there is no store.
+    ``layers`` are the highest of layers that nobody has, which go too, and ``spared`` those that may be of a
+    pull that was interrupted, or is under way. ``freed``: bytes that all this frees. ``doubts``: why nothing
+    goes. ``needed``: ids of those that deployments need, or what was pulled. ``exists`` is False where there
+    is no store.
     """
 
     stay: tuple[tuple[StoredImage, tuple[str, ...]], ...] = ()
     gone: tuple[StoredImage, ...] = ()
+    layers: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
     freed: int = 0
     doubts: tuple[str, ...] = ()
     needed: frozenset[str] = frozenset()
     exists: bool = True
+
+    @property
+    def anything(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.gone or self.layers)
 
     @property
     def names(self) -> list[str]:
@@ -129,11 +138,11 @@ class StoreSearch:
                 return StorePlan(doubts=(error.message,))
             wanted, doubts = self.wanted()
             plan = decide(contents, wanted, doubts, storerecord.read(self.paths.store_record), self.now)
-        if plan.gone:
+        if plan.anything:
             try:
                 find_program("podman")
             except ProgramMissing as error:
-                return replace(plan, gone=(), freed=0, doubts=(error.message,))
+                return replace(plan, gone=(), layers=(), freed=0, doubts=(error.message,))
         return plan
 
     def wanted(self) -> tuple[Wanted, tuple[str, ...]]:
@@ -267,8 +276,16 @@ def decide(
     stay = tuple((image, tuple(reasons[image.id])) for image in contents.images if reasons[image.id])
     gone = tuple(image for image in contents.images if not reasons[image.id])
     if doubts:
-        return StorePlan(stay, (), 0, doubts, needed)
-    return StorePlan(stay, gone, contents.freed({image.id for image in gone}), (), needed)
+        return StorePlan(stay, doubts=doubts, needed=needed)
+    old = tuple(top for top in contents.loose if now - contents.layer_changed(top) >= GRACE)
+    return StorePlan(
+        stay,
+        gone,
+        layers=old,
+        spared=tuple(top for top in contents.loose if top not in old),
+        freed=contents.freed({image.id for image in gone}, old),
+        needed=needed,
+    )
 
 
 def _add_listed(contents: Contents, reasons: dict[str, list[str]]) -> None:

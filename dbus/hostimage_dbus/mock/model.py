@@ -191,6 +191,7 @@ def document(
             "used": properties["RepositorySize"][0],
         },
         "trackedImage": properties["TrackedImage"],
+        "unified": properties["Unified"],
         "images": [_plain(row) for row in rows],
         "host": {
             "bootloader": "systemd",

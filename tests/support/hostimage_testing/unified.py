@@ -21,7 +21,8 @@ RUN_OPTIONS = (
 )  # fmt: skip
 #: The mounts that bootc, too, makes for podman; $0 is the store, what follows is run.
 _AS_BOOTC = """
-mount -t tmpfs tmpfs /run && mkdir -p /run/bootc/storage /run/other && exec 3</run/bootc/storage &&
+mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /dev/shm &&
+mkdir -p /run/bootc/storage /run/other && exec 3</run/bootc/storage &&
 mount --bind "$0" /run/bootc/storage && exec "$@"
 """
 _OURS = ("--root", "/run/bootc/storage", "--runroot", "/proc/self/fd/3")

@@ -79,3 +79,20 @@ def test_the_table(make_console: Any) -> None:
     )
     assert second == "aaaaaaaaaaaa staged, download only - - - - -"
     assert told == "error of cccccccccccc: its kernel is missing\\x1b"
+
+
+def test_bound_images_are_below_the_table(make_console: Any) -> None:
+    console = make_console()
+    bound = [
+        {"image": "quay.io/a:1", "present": True},
+        {"image": "quay.io/b:1", "present": False},
+        {"image": "quay.io/c:1", "present": None},
+        "nonsense",
+    ]
+    deployments.table([row(RUNNING, "booted", **{"bound-images": bound})], console)
+    lines = [line.strip() for line in console.out.splitlines()[2:]]
+    assert lines == [
+        "bound to bbbbbbbbbbbb: quay.io/a:1 (present)",
+        "bound to bbbbbbbbbbbb: quay.io/b:1 (missing)",
+        "bound to bbbbbbbbbbbb: quay.io/c:1 (unknown)",
+    ]

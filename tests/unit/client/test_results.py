@@ -117,3 +117,36 @@ def test_a_word_that_we_do_not_know_is_shown_as_it_is(make_console: Any) -> None
 def test_a_soft_reboot_that_follows(make_console: Any) -> None:
     lines = printed(make_console, "upgrade", result="staged", deployment=ID, soft_reboot="prepared")
     assert [line.split() for line in lines[1:]] == [["Soft", "reboot:", "prepared"]]
+
+
+def test_bound_images_are_named(make_console: Any) -> None:
+    lines = printed(
+        make_console,
+        "upgrade",
+        result="staged",
+        deployment=ID,
+        bound_images=["quay.io/a:1", "localhost/b"],
+        bound_fetched=["quay.io/a:1"],
+    )
+    assert [line.split() for line in lines[1:]] == [
+        ["Bound", "to:", "quay.io/a:1,", "localhost/b"],
+        ["Fetched", "for", "it:", "quay.io/a:1"],
+    ]
+
+
+def test_what_leaves_the_store_is_told(make_console: Any) -> None:
+    numbers = {"objects_removed": 2, "objects_bytes": 1000, "boot_bytes": 0}
+    lines = printed(
+        make_console,
+        "collect",
+        result="collected",
+        store_images=["localhost/a:1 (0123456789ab)", "(fedcba987654)"],
+        store_bytes=3 << 20,
+        store_problem="(fedcba987654) could not be removed: podman kept them",
+        **numbers,
+    )
+    assert lines[0].endswith("and container images of 3.0 MiB (2)")
+    assert "  Container image: localhost/a:1 (0123456789ab)" in lines
+    assert any("could not be removed: podman kept them" in line for line in lines)
+    kept = printed(make_console, "collect", result="nothing", store_kept=["podman is needed"], **numbers)
+    assert any("podman is needed" in line for line in kept)

@@ -25,7 +25,7 @@ DIFF_IDS = {
     "libraries": "sha256:7cf63498b823a7e4db81d053e7c9a91defa6d5830d161c02b55889133b51b4ef",
     "documents": "sha256:07010eff2ab90d8e5f4f270daffb9e663f6aaf87e3ca5a011d5d4fc1160c4b81",
     "changes": "sha256:7bfeeff22c5c89fd7c35d1dbb063591709a1479aa288e2c826fcbcd0a861da79",
-    "release": "sha256:d1ab5bb07b2ac2d411f707f4932c83021094fbf9aa19f6a7c7ea2738b2c6cc3d",
+    "release": "sha256:245867328cde6a8ca38f0b3f5a31d7a66222a8a876b1650208936a8efed355f4",
 }
 
 

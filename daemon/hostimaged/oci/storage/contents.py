@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
+from hostimaged.oci.storage.leftovers import leftovers
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
@@ -23,7 +25,7 @@ _SHORT: Final = 12
 @dataclass(frozen=True, slots=True)
 class Contents:
     """Images of a store, the ids of those that containers use, layers with those below them, and the ids of
-    layers that containers use.
+    layers that containers use or that nobody has.
     """
 
     store: Store
@@ -31,6 +33,8 @@ class Contents:
     in_use: frozenset[str]
     parents: dict[str, str]
     layers_in_use: frozenset[str]
+    #: The highest layers of what no image and no container has.
+    loose: tuple[str, ...]
 
     @classmethod
     def read(cls, store: Store) -> Self:
@@ -42,27 +46,35 @@ class Contents:
             store,
             images,
             frozenset(image for image, _ in containers),
-            store.layer_parents(),
+            {layer: facts.parent for layer, facts in store.layer_facts().items()},
             frozenset(layer for _, layer in containers),
+            tuple(chain.top for chain in leftovers(store)),
         )
 
     def changed(self, image: StoredImage) -> float:
         """When something was last put to ``image``, in seconds since the epoch; what is gone is new."""
+        return self._modified(f"overlay-images/{image.id}")
+
+    def layer_changed(self, layer: str) -> float:
+        """When a layer was made, in the same way."""
+        return self._modified(f"overlay/{layer}")
+
+    def _modified(self, path: str) -> float:
         with suppress(OSError):
-            path = f"overlay-images/{image.id}"
             return os.stat(path, dir_fd=self.store.fileno(), follow_symlinks=False).st_mtime
         return float("inf")
 
-    def freed(self, gone: Collection[str]) -> int:
-        """Bytes that are free once the images with these ids are gone, and the layers that only they need.
+    def freed(self, gone: Collection[str], loose: Iterable[str] = ()) -> int:
+        """Bytes that are free once the images with these ids are gone, the layers that only they need, and
+        those chains of ``loose``.
 
         Files that have a name elsewhere too, as objects of a repository, free nothing; those that share their
         blocks with others in another way count in full.
         """
-        kept = self._layers(image for image in self.images if image.id not in gone) | self._below(
-            self.layers_in_use
-        )
-        dead = self._layers(image for image in self.images if image.id in gone) - kept
+        going = set(loose)
+        kept = self._layers(image for image in self.images if image.id not in gone)
+        kept |= self._below((*self.layers_in_use, *(top for top in self.loose if top not in going)))
+        dead = (self._layers(image for image in self.images if image.id in gone) | self._below(going)) - kept
         places = [f"overlay/{layer}" for layer in dead] + [f"overlay-images/{image}" for image in gone]
         return _only_there(self.store.fileno(), places)
 

@@ -191,6 +191,8 @@ class Podman:
                 self._watch(process, [out, log], lines, looked)
             finally:
                 stop(process, _PATIENCE)
+            if process.returncode < 0:
+                raise StorageError(_ENDED)
             if process.returncode != 0:
                 raise self.failure(tail(log) or _ENDED, reference)
             return os.pread(out.fileno(), MAX_OUTPUT, 0)

@@ -12,7 +12,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeGuard
 
 from hostimaged.errors import ImageNotFound, StorageError, from_os_error
 from hostimaged.ids import DiffId
@@ -46,6 +46,18 @@ _MANIFEST: Final = "manifest"
 _ID: Final = re.compile(r"[0-9a-f]{64}\Z")
 #: Seconds that a lock is waited for. podman holds it while it unpacks a layer.
 DEFAULT_LOCK_TIMEOUT: Final = 60.0
+
+
+#: Lists of what has layers.
+_HAVE_LAYERS: Final = (_IMAGES, *_CONTAINERS)
+
+
+class LayerFacts(NamedTuple):
+    """The layer below, or "", the digest of its tar, or "", and the size of that, or -1."""
+
+    parent: str
+    digest: str
+    size: int
 
 
 class StoreMissing(ImageNotFound):
@@ -259,15 +271,6 @@ class Store:
                 found[DiffId("sha256:" + digest.removeprefix("sha256:"))] = StoredLayer(entry["id"], known)
         return found
 
-    def layer_parents(self) -> dict[str, str]:
-        """All layers by id, each with that of the one below it, or ""."""
-        found = {}
-        for entry in self._index(_LAYERS):
-            if isinstance(entry, dict) and _is_id(entry.get("id")):
-                parent = entry.get("parent")
-                found[entry["id"]] = parent if _is_id(parent) else ""
-        return found
-
     def containers(self) -> tuple[tuple[str, str], ...]:
         """All containers: the image of each, or "", and its layer."""
         entries = [entry for name in _CONTAINERS for entry in self._index(name) if isinstance(entry, dict)]
@@ -285,6 +288,29 @@ class Store:
         finally:
             if fd >= 0:
                 os.close(fd)
+
+    def layer_facts(self) -> dict[str, LayerFacts]:
+        """What is known of each layer, by id: also of those that have no digest."""
+        found: dict[str, LayerFacts] = {}
+        for entry in self._index(_LAYERS):
+            if isinstance(entry, dict) and _is_id(entry.get("id")):
+                digest, size, parent = entry.get("diff-digest"), entry.get("diff-size"), entry.get("parent")
+                found[entry["id"]] = LayerFacts(
+                    parent if isinstance(parent, str) else "",
+                    digest if isinstance(digest, str) else "",
+                    size if isinstance(size, int) else -1,
+                )
+        return found
+
+    def tops(self) -> frozenset[str]:
+        """Ids of the layers that an image or a container has, those below them not included."""
+        entries = [entry for name in _HAVE_LAYERS for entry in self._index(name)]
+        found: set[str] = set()
+        for entry in entries:
+            if isinstance(entry, dict):
+                found.update(_texts(entry.get("mapped-layers")))
+                found.update(_texts([entry.get("layer")]))
+        return frozenset(found)
 
     # --- files ---------------------------------------------------------------------------------------------
 
