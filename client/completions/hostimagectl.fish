@@ -186,7 +186,7 @@ complete -c hostimagectl -n '__fish_seen_subcommand_from repair' -l no-join -d '
 complete -c hostimagectl -n '__fish_seen_subcommand_from repair' -l wait -d 'show the progress of the job and wait for its end (default)'
 complete -c hostimagectl -n '__fish_seen_subcommand_from repair' -l no-wait -d 'do not wait for the end of the job'
 
-complete -c hostimagectl -n 'not __fish_seen_subcommand_from status images show diff why check upgrade pull stage switch update rollback cancel-rollback unstage make-default pin unpin delete kargs gc verify repair set-unified policy hold release reload jobs cancel monitor log-level completion' -a set-unified -d 'keep images in the storage shared with containers too, or no longer'
+complete -c hostimagectl -n 'not __fish_seen_subcommand_from status images show diff why check upgrade pull stage switch update rollback cancel-rollback unstage make-default pin unpin delete kargs gc verify repair set-unified policy hold release reload jobs cancel monitor log-level completion' -a set-unified -d 'keep images in containers-storage as well, or no longer'
 complete -c hostimagectl -n '__fish_seen_subcommand_from set-unified' -l no-queue -d 'fail instead of waiting while another job runs'
 complete -c hostimagectl -n '__fish_seen_subcommand_from set-unified' -l no-join -d 'do not join an equal job, have one of its own'
 complete -c hostimagectl -n '__fish_seen_subcommand_from set-unified' -l wait -d 'show the progress of the job and wait for its end (default)'

@@ -328,7 +328,7 @@ _KEEP: Final = (
         name="set-unified",
         group="keep house",
         member="SetUnified",
-        summary="keep images in the storage shared with containers too, or no longer",
+        summary="keep images in containers-storage as well, or no longer",
         arguments=(
             Argument(("state",), {"metavar": "STATE", "type": one_of("on", "off"), "help": "on or off"}),
         ),

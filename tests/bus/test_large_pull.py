@@ -29,7 +29,7 @@ from hostimage_testing.confinement import check_confined
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import Layout
 from hostimage_testing.processes import Process, descendants
-from hostimaged.jobs.operations import CAPABILITIES, Profile
+from hostimaged.jobs.privileges import CAPABILITIES, Profile
 
 PROGRAM = Path(hostimage_testing.__file__).with_name("heartbeat.py")
 #: Seconds within which 99 of 100 reads are answered.

@@ -20,7 +20,7 @@ from hostimage_testing.faulty_registry import Fault, FaultyRegistry, Then
 from hostimage_testing.host import scratch_host
 from hostimage_testing.layout import Layout
 from hostimage_testing.processes import Process, descendants
-from hostimaged.jobs.operations import CAPABILITIES, Profile
+from hostimaged.jobs.privileges import CAPABILITIES, Profile
 
 pytestmark = pytest.mark.interop
 

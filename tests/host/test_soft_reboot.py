@@ -200,7 +200,7 @@ from pathlib import Path
 from hostimaged.host import softreboot
 from hostimaged.host.session import open_session
 from hostimaged.ids import DeploymentId
-from hostimaged.jobs.operations import CAPABILITIES, Profile
+from hostimaged.jobs.privileges import CAPABILITIES, Profile
 from hostimaged.progress import Silent
 from hostimaged.system import syscalls
 from hostimaged.system.paths import HostPaths

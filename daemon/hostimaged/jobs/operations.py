@@ -1,4 +1,4 @@
-"""What a worker process can be told to do, and with which privileges.
+"""What a worker process can be told to do, and which privileges it takes (``privileges``).
 
 An operation is plain data with everything that it needs: a worker asks nobody. Two equal operations do the
 same.
@@ -6,15 +6,14 @@ same.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hostimaged.errors import InvalidArgs, UnsupportedImage
 from hostimaged.host.updatepolicy import UpdatePolicy  # noqa: TC001 (pydantic reads annotations)
+from hostimaged.jobs.privileges import Profile
 from hostimaged.oci.reference import MAX_LENGTH, ImageReference, Transport
-from hostimaged.system.syscalls import Capability
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
@@ -29,60 +28,6 @@ BOUND_MISSING: Final = "bound-missing"
 SOFT_REBOOT: Final = "soft-reboot"
 PREPARED: Final = "prepared"
 NOT_NEEDED: Final = "not-needed"
-
-
-class Profile(StrEnum):
-    """Privileges of a worker, chosen before it reads its first byte of input."""
-
-    SCAN = "scan"
-    PULL = "pull"
-    PULL_STORAGE = "pull-storage"
-    STORE = "store"
-    HOST = "host"
-
-
-#: Capabilities a worker keeps; all others leave its bounding set too. Everything we write belongs to root,
-#: whose files need no capability. DAC_READ_SEARCH: a repository, layout, archive or auth file may belong to
-#: another user.
-CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
-    Profile.SCAN: frozenset({Capability.DAC_READ_SEARCH}),
-    Profile.PULL: frozenset({Capability.DAC_READ_SEARCH}),
-    # Deployments: trees of any owner, device nodes and attributes of any kind in their /etc, mounts.
-    # SYS_ADMIN and SYS_CHROOT are also what it takes to enter the mount namespace of the host, where systemd
-    # looks for the root that a soft reboot starts. To open that namespace takes SYS_PTRACE as well, which is
-    # used before anything is read, and not kept.
-    Profile.HOST: frozenset(
-        {
-            Capability.CHOWN,
-            Capability.DAC_OVERRIDE,
-            Capability.DAC_READ_SEARCH,
-            Capability.FOWNER,
-            Capability.FSETID,
-            Capability.MAC_ADMIN,
-            Capability.MKNOD,
-            Capability.SETFCAP,
-            Capability.SYS_ADMIN,
-            Capability.SYS_CHROOT,
-        }
-    ),
-    # podman: mounts that nobody else sees, and layers with files of any owner and kind, which it unpacks with
-    # the layer as its root.
-    Profile.STORE: frozenset(
-        {
-            Capability.CHOWN,
-            Capability.DAC_OVERRIDE,
-            Capability.DAC_READ_SEARCH,
-            Capability.FOWNER,
-            Capability.FSETID,
-            Capability.MKNOD,
-            Capability.SETFCAP,
-            Capability.SYS_ADMIN,
-            Capability.SYS_CHROOT,
-        }
-    ),
-    # To make files of a store ours: hard links to those of any owner, and fs-verity on them.
-    Profile.PULL_STORAGE: frozenset({Capability.DAC_OVERRIDE, Capability.DAC_READ_SEARCH, Capability.FOWNER}),
-}
 
 
 _Id = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]

@@ -16,7 +16,8 @@ from hostimaged.errors import Cancelled, HostimageError, Internal
 from hostimaged.jobs.channel import ALONE, CANCEL, PAUSE, RESUME
 from hostimaged.jobs.events import MAX_EVENT, ErrorEvent, Event, InvalidEvent, ResultEvent, parse_event
 from hostimaged.jobs.job import Failure
-from hostimaged.jobs.operations import Operation, Order, Profile
+from hostimaged.jobs.operations import Operation, Order
+from hostimaged.jobs.privileges import Profile
 from hostimaged.log import get_logger
 from hostimaged.system.paths import HostPaths
 

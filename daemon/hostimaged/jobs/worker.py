@@ -16,15 +16,18 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hostimage_dbus.errors import ErrorName
 from hostimaged.errors import HostimageError, Internal, NoSpace, ReadOnly, from_os_error
 from hostimaged.jobs.channel import Channel
-from hostimaged.jobs.operations import CAPABILITIES, Operation, Order, Profile
+from hostimaged.jobs.privileges import CAPABILITIES, Profile
 from hostimaged.system import mounts, syscalls
 from hostimaged.system.locks import FileLock
 from hostimaged.system.paths import HostPaths
+
+if TYPE_CHECKING:
+    from hostimaged.jobs.operations import Operation, Order
 
 #: Politeness towards everything else on the host.
 _NICE: Final = 10
