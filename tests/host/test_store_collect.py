@@ -118,6 +118,27 @@ def test_r22_bound_images_of_every_deployment_stay(recorded: Recorded) -> None:
     assert names(host) == wanted - {"quay.io/org/before:1"}
 
 
+def test_r22_the_image_before_loses_its_name_and_stays_as_long_as_its_deployment(recorded: Recorded) -> None:
+    life = recorded(upgraded)
+    host = life.host
+    assert life.rollback is not None
+    with podman_on(host) as podman:
+        old = put_os(podman, life.rollback.image, "registry.example/os:stable")
+        new = put_os(podman, life.booted.image, "registry.example/os:stable")
+    assert stored(host)[old].names == ()
+    age_images(host)
+    assert "store-images" not in collected(host)
+    with session(host) as opened:
+        reorder.delete(opened, DeploymentId(life.rollback.id))
+    age(host.tag(life.rollback.image), 2 * DAY)
+    # It was needed, so that nobody is about to need it: it goes, as new as it is.
+    os.utime(HostPaths.scratch(host.root).store / "overlay-images" / old)
+    done = collected(host)
+    assert done["store-images"] == [f"({old[:12]})"]
+    assert done["result"] == "collected"
+    assert set(stored(host)) == {new}
+
+
 @pytest.mark.parametrize("form", ["{}@{}", "{}:1@{}"])
 def test_r22_digested_references_keep_what_they_mean(
     recorded: Recorded, registry: Registry, skopeo: str, tmp_path: Path, form: str
