@@ -65,8 +65,7 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.SYS_CHROOT,
         }
     ),
-    # podman: mounts that nobody else sees, and layers with files of any owner and kind, which it unpacks with
-    # the layer as its root.
+    # podman: mounts that nobody else sees, and layers with files of any kind, unpacked as its root.
     Profile.STORE: frozenset(
         {
             Capability.CHOWN,
@@ -182,12 +181,10 @@ class _Fetch(_OfImage):
         )
 
     def _after(self, result: Mapping[str, Any]) -> Operation | None:
-        """What follows once the image is in the repository."""
         del result
         return None
 
     def _staging(self) -> dict[str, Any]:
-        """How it is staged then."""
         return {}
 
 
