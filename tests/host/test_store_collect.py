@@ -288,6 +288,21 @@ def test_in_doubt_all_of_it_stays(recorded: Recorded) -> None:
     assert any("bound to cannot be told" in reason for reason in done["store-kept"])
 
 
+def test_a_tag_that_leads_nowhere_is_no_doubt(recorded: Recorded) -> None:
+    life = recorded(installed)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, GONE)
+    age_images(host)
+    other = host.image(Recipe(version="9"))
+    host.write_tag(other)
+    host.stream("manifest", other.manifest_digest).unlink()
+    with session(host) as opened:
+        done = collect(opened)
+    assert "store-kept" not in done
+    assert names(host) == set()
+
+
 def test_without_podman_the_rest_is_collected(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     life = recorded(installed)
     host = life.host
