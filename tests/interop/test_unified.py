@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import re
@@ -18,13 +20,13 @@ from hostimage_testing.judge import Judge
 from hostimage_testing.layout import Layout
 from hostimage_testing.loops import loop_filesystem, used
 from hostimage_testing.pulling import check_nothing_named, check_whole, pull
-from hostimage_testing.registry import Registry
+from hostimage_testing.registry import CREDENTIALS, Registry, running_registry
 from hostimage_testing.runnable import runnable_root
 from hostimage_testing.samples import copy, more
 from hostimage_testing.tools import require, run
 from hostimage_testing.unified import fetch, import_fetched, podman, pull_unified, run_in_image
 from hostimaged.composefs.repository import How, Repository, Sharing, SharingImpossible
-from hostimaged.errors import NoSpace, PreconditionFailed, SignatureRejected
+from hostimaged.errors import NoSpace, PreconditionFailed, RegistryAuth, SignatureRejected
 from hostimaged.ids import ObjectId
 from hostimaged.oci.pull import PullResult
 from hostimaged.oci.storage import owned
@@ -377,6 +379,46 @@ def test_r25_space_for_what_is_missing(
     free = 1 * MIB
     second = fetch(host, published.reference.replace(":v1", ":v2"))
     assert second.bytes_total > free
+
+
+def test_credentials_are_those_of_bootc(tmp_path: Path, published: Published, skopeo: str) -> None:
+    """An auth file of the host, and none of whoever runs this; podman has it without a copy on disk."""
+    with running_registry(tmp_path / "private", password=True) as private:
+        name = f"{private.host}/private:v2"
+        options = ("--preserve-digests", "--dest-creds", CREDENTIALS)
+        copy(skopeo, f"oci:{published.layout.path}:v2", f"docker://{name}", *options)
+        host = scratch_host(tmp_path / "host", registries=private.registries_conf)
+        with pytest.raises(RegistryAuth):
+            fetch(host, f"docker://{name}")
+        assert not owned.exists(host)
+        auth = host.etc / "ostree/auth.json"
+        auth.parent.mkdir()
+        secret = base64.b64encode(CREDENTIALS.encode()).decode()
+        auth.write_text(json.dumps({"auths": {private.host: {"auth": secret}}}))
+        got = pull_unified(host, f"docker://{name}")
+        assert got.fetched.bytes_fetched == got.fetched.bytes_total
+        assert stored(host) == {name: got.fetched.image_id}
+
+
+def test_podman_enforces_the_signature_policy(tmp_path: Path, published: Published) -> None:
+    """An image that is to be signed and is not comes into neither place."""
+    key = tmp_path / "key.pub"
+    key.write_text(
+        "-----BEGIN PUBLIC KEY-----\n"
+        "MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEaxfR8uEsQkf4vOblY6RA8ncDfYEt\n"
+        "6zOg9KE5RdiYwpZP40Li/hp/m47n60p8D54WK84zV2sxXs7LtkBoN79R9Q==\n"
+        "-----END PUBLIC KEY-----\n"
+    )
+    signed = [{"type": "sigstoreSigned", "keyPath": str(key)}]
+    policy = {"default": [{"type": "insecureAcceptAnything"}], "transports": {"docker": {"": signed}}}
+    host = published.host(tmp_path / "host", policy=json.dumps(policy))
+    with pytest.raises(SignatureRejected):
+        fetch(host, published.reference)
+    store = owned.open_store(host)
+    if store is not None:
+        with store:
+            assert store.images() == ()
+    check_nothing_named(host)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ log: {{level: error}}
 storage: {{filesystem: {{rootdirectory: {storage}}}, delete: {{enabled: true}}}}
 http: {{addr: 127.0.0.1:{port}}}
 """
+
+
+#: Name and password, and the bcrypt hash of that.
+CREDENTIALS = "somebody:secret"
+_HASH = "$2b$04$8VxrD18GWvnYG8nS8uaf/ODTcAznBkrF/.1bdV8OIuZXzq9ufkHxO"
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_registry(directory: Path) -> Iterator[Registry]:
-    """Start a registry that keeps its data in ``directory``; stopped at the end."""
+def running_registry(directory: Path, *, password: bool = False) -> Iterator[Registry]:
+    """Start a registry that keeps its data in ``directory``; stopped at the end.
+
+    With ``password`` it wants ``CREDENTIALS``.
+    """
     program = require("docker-registry")
     port = free_port()
     storage = directory / "storage"
     storage.mkdir(parents=True, exist_ok=True)
     config = directory / "config.yml"
-    config.write_text(_CONFIG.format(storage=storage, port=port))
+    text = _CONFIG.format(storage=storage, port=port)
+    if password:
+        users = directory / "users"
+        users.write_text(f"{CREDENTIALS.partition(':')[0]}:{_HASH}\n")
+        text += f"auth: {{htpasswd: {{realm: tests, path: {users}}}}}\n"
+    config.write_text(text)
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [program, "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -65,6 +79,9 @@ def _wait_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            # It answers, and wants a password.
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
