@@ -118,6 +118,27 @@ def test_r22_bound_images_of_every_deployment_stay(recorded: Recorded) -> None:
     assert names(host) == wanted - {"quay.io/org/before:1"}
 
 
+def test_r22_the_image_before_loses_its_name_and_stays_as_long_as_its_deployment(recorded: Recorded) -> None:
+    life = recorded(upgraded)
+    host = life.host
+    assert life.rollback is not None
+    with podman_on(host) as podman:
+        old = put_os(podman, life.rollback.image, "registry.example/os:stable")
+        new = put_os(podman, life.booted.image, "registry.example/os:stable")
+    assert stored(host)[old].names == ()
+    age_images(host)
+    assert "store-images" not in collected(host)
+    with session(host) as opened:
+        reorder.delete(opened, DeploymentId(life.rollback.id))
+    age(host.tag(life.rollback.image), 2 * DAY)
+    # It was needed, so that nobody is about to need it: it goes, as new as it is.
+    os.utime(HostPaths.scratch(host.root).store / "overlay-images" / old)
+    done = collected(host)
+    assert done["store-images"] == [f"({old[:12]})"]
+    assert done["result"] == "collected"
+    assert set(stored(host)) == {new}
+
+
 @pytest.mark.parametrize("form", ["{}@{}", "{}:1@{}"])
 def test_r22_digested_references_keep_what_they_mean(
     recorded: Recorded, registry: Registry, skopeo: str, tmp_path: Path, form: str
@@ -265,6 +286,21 @@ def test_in_doubt_all_of_it_stays(recorded: Recorded) -> None:
         done = collect(opened)
     assert GONE in names(host)
     assert any("bound to cannot be told" in reason for reason in done["store-kept"])
+
+
+def test_a_tag_that_leads_nowhere_is_no_doubt(recorded: Recorded) -> None:
+    life = recorded(installed)
+    host = life.host
+    with podman_on(host) as podman:
+        put(podman, GONE)
+    age_images(host)
+    other = host.image(Recipe(version="9"))
+    host.write_tag(other)
+    host.stream("manifest", other.manifest_digest).unlink()
+    with session(host) as opened:
+        done = collect(opened)
+    assert "store-kept" not in done
+    assert names(host) == set()
 
 
 def test_without_podman_the_rest_is_collected(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

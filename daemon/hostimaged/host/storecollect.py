@@ -32,9 +32,9 @@ _TOLD: Final = 100
 def remember(paths: HostPaths, plan: StorePlan) -> None:
     """Write down which images are needed now: when they are not any more, they go at once.
 
-    Raises what writing raises.
+    In doubt it stays as it is. Raises what writing raises.
     """
-    if not plan.exists:
+    if not plan.exists or plan.doubts:
         return
     there = {image.id for image, _ in plan.stay} | {image.id for image in plan.gone}
     storerecord.write(paths.store_record, (storerecord.read(paths.store_record) | plan.needed) & there)

@@ -175,23 +175,17 @@ class StoreSearch:
             wanted.add_id(facts.config_digest.hex, reason)
         elif root.manifest is None and reference is None:
             yield f"which image deployment {root.id} is of cannot be told"
-        if root.manifest is not None:
-            yield from self._add_manifest(wanted, images, root.manifest, reason)
+        try:
+            if root.manifest is not None:
+                _add_manifest(wanted, images, root.manifest, reason)
+        except HostimageError as error:
+            yield error.message
         try:
             bound = boundimages.of_deployment(self.repository, root.id)
         except HostimageError as error:
             yield f"which images deployment {root.id} is bound to cannot be told: {error.message}"
             return
         _add_bound(wanted, bound, who)
-
-    def _add_manifest(
-        self, wanted: Wanted, images: ImageSource, digest: ManifestDigest, reason: str
-    ) -> Iterator[str]:
-        wanted.add_digest(str(digest), reason)
-        try:
-            wanted.add_id(images.open(digest).config_digest.hex, reason)
-        except HostimageError as error:
-            yield error.message
 
     # --- what was pulled -----------------------------------------------------------------------------------
 
@@ -205,8 +199,13 @@ class StoreSearch:
             sources.setdefault(row.manifest_digest, []).append(str(row.source_digest))
         needed = {root.manifest for root in self.roots.roots if root.manifest is not None}
         for tag, digest in self.kept.items():
-            reason = f"tag {tag} keeps it"
-            yield from self._add_manifest(wanted, images, digest, reason)
+            try:
+                _add_manifest(wanted, images, digest, f"tag {tag} keeps it")
+            except ImageNotFound:
+                # It leads nowhere, and goes.
+                continue
+            except HostimageError as error:
+                yield error.message
             if digest not in needed:
                 self._add_bound_of(wanted, images, digest, f"what tag {tag} keeps")
         for manifest in needed | set(self.kept.values()):
@@ -221,6 +220,12 @@ class StoreSearch:
                     deployment = DeploymentId.of_object(object_id)
                     _add_bound(wanted, boundimages.of_deployment(self.repository, deployment), who)
                     return
+
+
+def _add_manifest(wanted: Wanted, images: ImageSource, digest: ManifestDigest, reason: str) -> None:
+    """Add the image ``digest``, however it is known; raises as ``ImageSource.open``."""
+    wanted.add_digest(str(digest), reason)
+    wanted.add_id(images.open(digest).config_digest.hex, reason)
 
 
 def _add_bound(wanted: Wanted, bound: Iterable[boundimages.BoundImage], who: str) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from hostimaged.system.paths import HostPaths
 
-_ETC: Final = "/etc/"
 _KINDS: Final = {
     stat.S_IFREG: ord("-"),
     stat.S_IFDIR: ord("d"),
@@ -56,7 +55,9 @@ class _HostFiles:
         """See ``ImageFiles``; links are followed within /etc."""
         del follow
         try:
-            fd = syscalls.open_beneath(self._etc, path.removeprefix(_ETC), os.O_RDONLY | os.O_NONBLOCK)
+            fd = syscalls.open_beneath(
+                self._etc, path.removeprefix(f"/{self._etc.name}/"), os.O_RDONLY | os.O_NONBLOCK
+            )
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -138,12 +138,10 @@ class _Fetch(_OfImage):
         )
 
     def _after(self, result: Mapping[str, Any]) -> Operation | None:
-        """What follows once the image is in the repository."""
         del result
         return None
 
     def _staging(self) -> dict[str, Any]:
-        """How it is staged then."""
         return {}
 
 

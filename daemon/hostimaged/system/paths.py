@@ -188,6 +188,11 @@ class HostPaths:
         return self.state / "pulls.json"
 
     @property
+    def fetched_manifest(self) -> Path:
+        """The manifest of what was last fetched into the store, if the store has none like it."""
+        return self.state / "fetched.json"
+
+    @property
     def update_policy(self) -> Path:
         """How far updates go without being asked, if somebody chose."""
         return self.state / "policy.json"

@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ log: {{level: error}}
 storage: {{filesystem: {{rootdirectory: {storage}}}, delete: {{enabled: true}}}}
 http: {{addr: 127.0.0.1:{port}{tls}}}
 """
+
+
+#: Name and password, and the bcrypt hash of that.
+CREDENTIALS = "somebody:secret"
+_HASH = "$2b$04$8VxrD18GWvnYG8nS8uaf/ODTcAznBkrF/.1bdV8OIuZXzq9ufkHxO"
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_registry(directory: Path, certificate: Certificate | None = None) -> Iterator[Registry]:
+def running_registry(
+    directory: Path, certificate: Certificate | None = None, *, password: bool = False
+) -> Iterator[Registry]:
     """Start a registry that keeps its data in ``directory``; stopped at the end.
 
-    It speaks TLS with ``certificate``, else plain http.
+    It speaks TLS with ``certificate``, else plain http. With ``password`` it wants ``CREDENTIALS``.
     """
     program = require("docker-registry")
     port = free_port()
@@ -69,7 +77,12 @@ def running_registry(directory: Path, certificate: Certificate | None = None) ->
         certificates = directory / "certificates"
         certificates.mkdir(exist_ok=True)
         shutil.copy(certificate.certificate, certificates / "ca.crt")
-    config.write_text(_CONFIG.format(storage=storage, port=port, tls=tls or ""))
+    text = _CONFIG.format(storage=storage, port=port, tls=tls or "")
+    if password:
+        users = directory / "users"
+        users.write_text(f"{CREDENTIALS.partition(':')[0]}:{_HASH}\n")
+        text += f"auth: {{htpasswd: {{realm: tests, path: {users}}}}}\n"
+    config.write_text(text)
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [program, "serve", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -93,6 +106,9 @@ def _wait_ready(
     while True:
         try:
             urllib.request.urlopen(url, timeout=5, context=context).close()
+            return
+        except urllib.error.HTTPError:
+            # It answers, and wants a password.
             return
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:

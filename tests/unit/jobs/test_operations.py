@@ -11,12 +11,11 @@ import pytest
 from hostimage_testing.tools import REPOSITORY_ROOT
 from hostimaged.errors import InvalidArgs, UnsupportedImage
 from hostimaged.jobs.operations import (
-    CAPABILITIES,
     Delete,
+    Import,
     Operation,
     Order,
     Pin,
-    Profile,
     Pull,
     Rollback,
     Scan,
@@ -25,6 +24,7 @@ from hostimaged.jobs.operations import (
     Upgrade,
     parse_order,
 )
+from hostimaged.jobs.privileges import CAPABILITIES, Profile
 from hostimaged.jobs.worker import WORK
 from hostimaged.system.syscalls import Capability
 
@@ -140,3 +140,33 @@ def test_the_unit_grants_what_workers_need_and_no_more() -> None:
     # What a worker needs before it gives them up: to take capabilities out of its bounding set, and to open
     # the mount namespace of the host.
     assert granted == needed | {"SETPCAP", "SYS_PTRACE"}
+
+
+def test_unified_pulls_go_through_three_workers_with_privileges_of_their_own() -> None:
+    update = Upgrade(reference="docker://r.example/os", unified=True, download_only=True, sharing="require")
+    assert update.profile is Profile.STORE
+    fetched = {"unified": True, "image-id": "1" * 64, "source-digest": DIGEST, "bytes-fetched": 7}
+    importing = update.then(fetched)
+    assert importing == Import(
+        reference=update.reference, image_id="1" * 64, source_digest=DIGEST, fetched=True,
+        sharing="require", stages=True, download_only=True,
+    )  # fmt: skip
+    assert importing.profile is Profile.PULL_STORAGE
+    staging = importing.then({"manifest-digest": DIGEST})
+    assert isinstance(staging, Stage)
+    assert (staging.profile, staging.download_only, staging.reference) == (
+        Profile.HOST, True, update.reference,
+    )  # fmt: skip
+    pull = Pull(reference=update.reference, unified=True)
+    importing = pull.then(fetched | {"bytes-fetched": 0})
+    assert isinstance(importing, Import)
+    assert not importing.fetched
+    assert importing.then({"manifest-digest": DIGEST}) is None
+
+
+def test_what_cannot_be_shared_is_pulled_plainly_with_fewer_privileges() -> None:
+    update = Switch(reference="docker://r.example/os", unified=True)
+    plain = update.then({"unified": False, "not-unified": "why"})
+    assert plain == Switch(reference=update.reference)
+    assert plain.profile is Profile.PULL
+    assert isinstance(plain.then({"manifest-digest": DIGEST}), Stage)

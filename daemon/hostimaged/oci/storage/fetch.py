@@ -15,29 +15,33 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.composefs.repository import Repository, Sharing, SharingImpossible
 from hostimaged.errors import ImageNotFound, PreconditionFailed
 from hostimaged.ids import ManifestDigest, SourceDigest
-from hostimaged.oci.layers import plan_layers
+from hostimaged.oci.layers import plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
 from hostimaged.oci.policy import requirement
+from hostimaged.oci.reference import Transport
 from hostimaged.oci.source import DEFAULT_PATIENCE, open_source
 from hostimaged.oci.space import require_space
 from hostimaged.oci.storage import owned
+from hostimaged.oci.storage.feed import Feeding
 from hostimaged.oci.storage.naming import name_in_store
 from hostimaged.oci.storage.places import StorageName
 from hostimaged.oci.storage.source import StorageSource
 from hostimaged.oci.storage.store import StoreDamaged
 from hostimaged.oci.storage.transfer import Copying, Downloading, Transfer
 from hostimaged.progress import Phase
+from hostimaged.system.durable import replace_file
 from hostimaged.system.workdir import private_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from hostimaged.composefs.repository import Verity
-    from hostimaged.ids import DiffId
+    from hostimaged.ids import ConfigDigest, DiffId
+    from hostimaged.oci.layers import LayerPlan
     from hostimaged.oci.models import Manifest
     from hostimaged.oci.reference import ImageReference
-    from hostimaged.oci.source import ImageSource, Patience
+    from hostimaged.oci.source import FetchedManifest, ImageSource, Patience
     from hostimaged.oci.storage.owned import Labeller
     from hostimaged.oci.storage.podman import Podman
     from hostimaged.oci.storage.store import Store, StoredImage
@@ -138,7 +142,7 @@ def fetch_image(
         if wanted.imports and wanted.sharing is not Sharing.COPY:
             _require_sharing(repository, paths.store)
         with private_directory(paths.temporary, "fetch-") as work_dir:
-            fetch = _Fetch(paths, wanted, work_dir, reporter, lock_timeout, patience)
+            fetch = _Fetch(paths, wanted, repository, work_dir, reporter, lock_timeout, patience)
             return fetch.run(label)
 
 
@@ -152,9 +156,15 @@ def _require_sharing(repository: Repository, store: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Resolved:
-    """What the name turned out to be; ``missing`` are digests and sizes of blobs that the store lacks."""
+    """What the name turned out to be; ``missing`` are digests and sizes of blobs that are to be fetched, and
+    ``here`` are layers of the repository that the store lacks, if these need not be.
+    """
 
     digest: SourceDigest
+    raw: bytes
+    raw_config: bytes
+    plans: tuple[LayerPlan, ...]
+    here: tuple[LayerPlan, ...]
     manifest: Manifest
     layers_total: int
     layers_present: int
@@ -177,12 +187,14 @@ class _Fetch:
         self,
         paths: HostPaths,
         wanted: Wanted,
+        repository: Repository,
         work_dir: Path,
         reporter: Reporter,
         lock_timeout: float,
         patience: Patience,
     ) -> None:
         self._paths = paths
+        self._repository = repository
         self._wanted = wanted
         self._reference = wanted.reference
         self._name = name_in_store(wanted.reference)
@@ -202,6 +214,8 @@ class _Fetch:
             owned.ensure(self._paths, self._work_dir, self._reporter.at, label)
             with owned.podman(self._paths, self._work_dir, self._check) as podman:
                 before = self._names()
+                if resolved.here:
+                    self._transfer = self._feeding(resolved)
                 image_id = self._transfer.run(podman, self._name, resolved.missing, self._reporter)
                 self._reporter.at("fetch.fetched")
                 self._rename(podman, image_id, before)
@@ -229,17 +243,23 @@ class _Fetch:
                     f"{expected}"
                 )
             manifest = parse_manifest(fetched.raw)
-            config = parse_config(source.config(manifest.config)) if manifest.is_container else None
-        plans = {plan.id: plan for plan in plan_layers(manifest, config)}
-        stored, present = self._stored(fetched.source_digest)
+            raw_config = source.config(manifest.config)
+        plans = plan_layers(manifest, parse_config(raw_config) if manifest.is_container else None)
+        stored, present = self._stored(fetched.source_digest, manifest.config_digest)
         if stored is None and self._wanted.accept is not None:
             self._wanted.accept(ManifestDigest.of_content(fetched.raw))
+        lacking = {plan.id: plan for plan in plans if plan.id not in present}
+        here = self._here(lacking.values(), fetched)
         missing = {
-            plan.descriptor.digest: plan.descriptor.size for plan in plans.values() if plan.id not in present
+            plan.descriptor.digest: plan.descriptor.size for plan in lacking.values() if plan not in here
         }
         total = len(manifest.layers)
         return _Resolved(
             fetched.source_digest,
+            fetched.raw,
+            raw_config,
+            plans,
+            here,
             manifest,
             total,
             total - sum(layer.digest in missing for layer in manifest.layers),
@@ -284,11 +304,28 @@ class _Fetch:
         named = self._reference.named
         if not self._wanted.local_first or self._wanted.signed or named is None:
             return None
-        if not requirement(self._paths.containers.policy, self._reference).accepts_anything:
+        if not self._accepts_anything():
             return None
         return StorageName(None, str(named), "")
 
-    def _stored(self, digest: SourceDigest) -> tuple[StoredImage | None, dict[DiffId, Any]]:
+    def _here(self, lacking: Iterable[LayerPlan], fetched: FetchedManifest) -> tuple[LayerPlan, ...]:
+        """Those of the layers that are in the repository, if they can be taken from there.
+
+        Not where signatures are asked for, which podman has to see with the image as it is; and a converted
+        manifest is not that of the image.
+        """
+        if not isinstance(self._transfer, Downloading) or self._reference.transport is not Transport.DOCKER:
+            return ()
+        if SourceDigest.of_content(fetched.raw) != fetched.source_digest or not self._accepts_anything():
+            return ()
+        return tuple(plan for plan in lacking if stored_layer(self._repository, plan) is not None)
+
+    def _accepts_anything(self) -> bool:
+        return requirement(self._paths.containers.policy, self._reference).accepts_anything
+
+    def _stored(
+        self, digest: SourceDigest, config: ConfigDigest
+    ) -> tuple[StoredImage | None, dict[DiffId, Any]]:
         """The image in the store, if all of it is there, and the layers of the store.
 
         Where signatures are asked for podman has to see the image in any case; it fetches no layer again.
@@ -298,9 +335,11 @@ class _Fetch:
             return None, {}
         with store:
             layers: dict[DiffId, Any] = dict(store.layers())
-            if not requirement(self._paths.containers.policy, self._reference).accepts_anything:
+            if not self._accepts_anything():
                 return None, layers
-            candidates = [image for image in store.images() if str(digest) in image.digests]
+            candidates = [
+                image for image in store.images() if str(digest) in image.digests or image.id == config.hex
+            ]
             return next(filter(_is_complete, candidates), None), layers
 
     def _store(self) -> Store | None:
@@ -318,6 +357,18 @@ class _Fetch:
         if resolved.stored is None:
             self._reporter.advance(resolved.manifest.config.size)
         self._reporter.phase(Phase.PULLING)
+
+    def _feeding(self, resolved: _Resolved) -> Transfer:
+        return Feeding(
+            self._paths.containers,
+            self._reference,
+            self._repository,
+            resolved.raw,
+            (resolved.manifest.config_digest, resolved.raw_config),
+            resolved.plans,
+            resolved.here,
+            lambda: open_source(self._reference, self._paths, self._work_dir, self._reporter, self._patience),
+        )
 
     # --- after ---------------------------------------------------------------------------------------------
 
@@ -359,7 +410,14 @@ class _Fetch:
             if image is None or not image.complete or self._name not in image.names:
                 raise StoreDamaged(root=store.root, detail=f"there is no whole image {self._name}")
             digest = resolved.digest
-            if str(digest) not in image.digests:
+            if str(digest) in image.digests:
+                pass
+            elif image.id == resolved.manifest.config_digest.hex and digest == SourceDigest.of_content(
+                resolved.raw
+            ):
+                # The same configuration, so the same image; its manifest is kept for the import.
+                _keep_manifest(self._paths.fetched_manifest, resolved.raw)
+            else:
                 # The name means another image than a moment ago, or podman wrote a manifest of its own.
                 digest = SourceDigest.of_content(image.manifest())
         if digest != resolved.digest and self._wanted.expect_digest is not None:
@@ -377,6 +435,14 @@ class _Fetch:
             resolved.manifest.total_size,
             resolved.fetch_size,
         )
+
+
+def _keep_manifest(path: Path, raw: bytes) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_file(path, raw)
+    except OSError as error:
+        raise from_os_error(error, f"cannot write {path}") from error
 
 
 def _is_complete(image: StoredImage) -> bool:

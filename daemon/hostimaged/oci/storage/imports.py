@@ -43,6 +43,7 @@ def import_image(
             paths.store,
             image_id,
             manifest_digest,
+            kept_manifest=paths.fetched_manifest,
             lock_timeout=lock_timeout,
             check=partial(reporting.at, "source.waiting"),
         )

@@ -7,6 +7,7 @@ here, and cannot be: see ``source.open_source``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from hostimaged.errors import DigestMismatch, ImageNotFound, UnsupportedImage, printable
 from hostimaged.ids import SourceDigest
-from hostimaged.oci.models import CONFIG_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPES, MANIFEST_TYPE
+from hostimaged.oci.models import CONFIG_TYPE, DOCKER_MANIFEST_TYPE, INDEX_TYPES, MANIFEST_TYPE, MAX_MANIFEST
 from hostimaged.oci.source import FetchedManifest, UnpackedLayer, verified
 from hostimaged.oci.storage.layer import Layer
 from hostimaged.oci.storage.places import StorageName, default_roots
@@ -158,7 +159,7 @@ class FetchedSource(StorageSource):
     """The image ``image_id`` of the store ``root``, which was fetched from ``reference`` before.
 
     ``manifest_digest`` is the digest of its manifest at its source: a store keeps that one too, where it had
-    to write another for layers that came uncompressed.
+    to write another for layers that came uncompressed; else it is in the file ``kept_manifest``.
     """
 
     def __init__(
@@ -168,15 +169,20 @@ class FetchedSource(StorageSource):
         image_id: str,
         manifest_digest: SourceDigest,
         *,
+        kept_manifest: Path,
         lock_timeout: float,
         check: Callable[[], None],
     ) -> None:
         self._manifest_digest = manifest_digest
+        self._kept_manifest = kept_manifest
         wanted = StorageName(root, "", image_id)
         super().__init__(reference, root, {}, lock_timeout=lock_timeout, check=check, wanted=wanted)
 
     def _raw_manifest(self) -> bytes:
         raw = self._image.manifest(self._manifest_digest)
+        if str(self._manifest_digest) not in self._image.digests:
+            with contextlib.suppress(FileNotFoundError), self._kept_manifest.open("rb") as file:
+                raw = file.read(MAX_MANIFEST)
         actual = SourceDigest.of_hash(hashlib.sha256(raw).hexdigest())
         if actual != self._manifest_digest:
             raise DigestMismatch(
