@@ -88,14 +88,17 @@ async def test_damage_is_found_told_and_repaired(host: Daemon, client: Client, l
     assert pulled["tag"] in text
 
     planned = await finished(client, await started(client, "Repair", **{"dry-run": True}))
-    assert planned["bytes-to-fetch"] > 0
+    assert planned["bytes-to-fetch"] == 0, "the layout is on this machine"
     assert len(await problems(client)) == 1, "nothing was done"
     repaired = await finished(client, await started(client, "Repair"))
     assert (repaired["ok"], repaired["repaired"], repaired["bytes-fetched"]) == (
         True,
         1,
-        planned["bytes-to-fetch"],
+        0,
     )
+    for told in (planned, repaired):
+        [image] = json.loads(told["images"])
+        assert (image["local"], image["bytes"]) == ([f"oci:{layout.path}"], 0)
     assert await problems(client) == []
     assert (await finished(client, await started(client, "VerifyRepository")))["ok"]
 

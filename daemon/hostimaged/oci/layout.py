@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self
 
-from hostimaged.errors import ImageNotFound, UnsupportedImage, from_os_error
+from hostimaged.errors import HostimageError, ImageNotFound, UnsupportedImage, from_os_error
 from hostimaged.ids import BlobDigest, SourceDigest
 from hostimaged.oci.models import (
     INDEX_TYPES,
@@ -79,6 +79,17 @@ class LayoutBlobs:
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield verified(_pieces(fd), descriptor, "layer")
+        finally:
+            os.close(fd)
+
+    def has(self, descriptor: Descriptor) -> bool:
+        """Whether there is a blob of that digest and size; it is not read."""
+        try:
+            fd = self._open(descriptor.as_digest(BlobDigest), "blob")
+        except HostimageError:
+            return False
+        try:
+            return os.fstat(fd).st_size == descriptor.size
         finally:
             os.close(fd)
 

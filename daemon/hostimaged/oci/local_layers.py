@@ -91,6 +91,17 @@ class LocalLayers:
                 continue
         return ""
 
+    def place_of(self, gap: Gap) -> str:
+        """Where ``fill`` would look first, "" if no place has the layer; of the content nothing is read."""
+        self._open()
+        for place, layout in self._layouts:
+            if layout.has(gap.plan.descriptor):
+                return place
+        for store, layers in self._stores:
+            if gap.plan.content_type is ContentType.LAYER and gap.plan.id in layers:
+                return f"containers-storage at {store.root}"
+        return ""
+
     def document(self, digest: OciDigest, limit: int) -> bytes | None:
         """A manifest or configuration of at most ``limit`` bytes, None if no layout has it."""
         self._open()

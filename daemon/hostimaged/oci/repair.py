@@ -113,7 +113,8 @@ class ImageRepairer:
     """Completes the images of a repository one by one.
 
     ``references`` tells where a manifest can be had; what it gives is tried in its order, after ``local``.
-    With ``dry_run`` nothing is written or fetched, and no source is asked.
+    With ``dry_run`` nothing is written or fetched, and no source is asked; that a place of this machine has a
+    layer is believed.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class ImageRepairer:
         raw_config = self._config(manifest, source, outcome)
         config = parse_config(raw_config) if manifest.is_container else None
         plans = plan_layers(manifest, config)
-        gaps = self._gaps(plans, outcome, local=source is None and not self._dry_run)
+        gaps = self._gaps(plans, outcome, local=source is None)
         self._reporter.at("repair.resolved")
         if gaps:
             outcome.layers += [str(gap.plan.id) for gap in gaps]
@@ -235,7 +236,11 @@ class ImageRepairer:
             gap = find_gap(self._repository, plan)
             if gap is None:
                 continue
-            place = self._local.fill(self._repository, gap) if local else ""
+            place = ""
+            if local:
+                place = (
+                    self._local.place_of(gap) if self._dry_run else self._local.fill(self._repository, gap)
+                )
             if not place:
                 gaps.append(gap)
             elif place not in outcome.local:
