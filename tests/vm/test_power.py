@@ -173,6 +173,11 @@ class Campaign:
         self.check(new)
         return f"{told}, not activated"
 
+    def _house_keeping(self) -> str:
+        """The commands that delete what can be deleted."""
+        rollback = any(each["is-rollback"] for each in status(self.guest)["deployments"])
+        return f"{'hostimagectl delete rollback && ' if rollback else ''}hostimagectl gc"
+
     def _begin_shutdown(self) -> None:
         self.guest.begin("systemctl --no-block reboot")
         self._wait_for_console("Stopping")
@@ -189,12 +194,11 @@ class Campaign:
         for _ in range(2):
             self._offer_next("other")
             self.guest.run("hostimagectl", "pull", OTHER, limit=LIMIT)
-        rollback = [each for each in status(self.guest)["deployments"] if each["is-rollback"]]
-        self.guest.begin(f"{'hostimagectl delete rollback; ' if rollback else ''}hostimagectl gc")
+        self.guest.begin(self._house_keeping())
         self.guest.hear("deleting", LIMIT)
         told = self._fail_in("deleting")
         self.check(running)
-        self.guest.run("hostimagectl", "gc", limit=LIMIT)
+        self.guest.shell(self._house_keeping(), limit=LIMIT)
         left = json.loads(
             self.guest.run("hostimagectl", "--quiet", "gc", "--dry-run", "--json", limit=LIMIT).out
         )
