@@ -160,8 +160,12 @@ class Machine:
 
     def shut_down(self, how: str = "poweroff") -> None:
         """Shut down in order, and wait for the end."""
-        assert self._process is not None
         self._say(f"systemctl --no-block {how}")
+        self.wait_until_off()
+
+    def wait_until_off(self) -> None:
+        """Wait for the end of a shutdown that has begun."""
+        assert self._process is not None
         try:
             self._process.wait(STOP_LIMIT)
         except subprocess.TimeoutExpired:
