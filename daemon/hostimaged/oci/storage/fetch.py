@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.composefs.repository import Repository, Sharing, SharingImpossible
-from hostimaged.errors import ImageNotFound, PreconditionFailed
+from hostimaged.errors import ImageNotFound, PreconditionFailed, from_os_error
 from hostimaged.ids import ManifestDigest, SourceDigest
 from hostimaged.oci.layers import plan_layers, stored_layer
 from hostimaged.oci.models import parse_config, parse_manifest
