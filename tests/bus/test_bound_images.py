@@ -93,6 +93,8 @@ async def ended(client: Client, member: str, signature: str, *body: Any) -> tupl
     (job,) = await client.connection.call(
         BUS_NAME, ROOT_PATH, MANAGER_INTERFACE, member, signature, body, timeout=PATIENCE
     )
+    # podman tries several times to reach a registry, and is one of several programs that take their time.
+    await client.until(lambda: any(s.body[1] == job for s in client.named("JobRemoved")), 6 * PATIENCE)
     end = await client.removed(job)
     return list(end[3:]), (await client.job(job))["Result"]
 
