@@ -122,7 +122,7 @@ class _Fetch(_OfImage):
         """See ``_Operation``."""
         if not self.unified:
             return self._after(result)
-        if not result["unified"]:
+        if not {"image-id", "source-digest"} <= result.keys():
             return self.model_copy(update={"unified": False})  # type: ignore[return-value]
         return Import(
             reference=self.reference,
