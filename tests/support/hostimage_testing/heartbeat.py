@@ -36,18 +36,18 @@ def delays(notes: Path, begin: float, end: float) -> list[float]:
 
 
 def _daemon(notes: Path, argv: list[str]) -> int:
-    from hostimaged import __main__
+    from hostimaged import __main__, serve
 
-    serve = __main__._serve
+    original = serve._serve
 
     async def watched(*arguments: object) -> None:
         beating = asyncio.create_task(beat(notes))
         try:
-            await serve(*arguments)  # type: ignore[arg-type]
+            await original(*arguments)  # type: ignore[arg-type]
         finally:
             beating.cancel()
 
-    __main__._serve = watched  # type: ignore[assignment]
+    serve._serve = watched  # type: ignore[assignment]
     return __main__.main(argv)
 
 
