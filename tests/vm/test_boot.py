@@ -100,10 +100,17 @@ def test_install_update_and_roll_back(
     check_by_others(cfsctl, tmp_path)
 
 
+#: Gone with the next boot.
+_DROP_IN = "/run/systemd/system/hostimaged-update.timer.d"
+
+
 def let_the_timer_fire(guest: Machine) -> None:
     """A day passes, and the policy is to stage: what comes of it is staged by itself."""
     guest.run("hostimagectl", "policy", "stage")
     assert guest.run("systemctl", "is-active", "hostimaged-update.timer").out.strip() == "active"
+    # What was missed is made up for within the delay, which is drawn anew whenever the clock is set.
+    settings = r"[Timer]\nRandomizedDelaySec=0\nAccuracySec=1s\n"
+    guest.shell(f"mkdir -p {_DROP_IN}; printf '{settings}' >{_DROP_IN}/test.conf; systemctl daemon-reload")
     guest.shell("date -s '29 hours'")
     deadline = time.monotonic() + 900
     while not [each for each in status(guest)["deployments"] if each["staged"]]:
