@@ -214,12 +214,14 @@ async def drain(client: Client) -> None:
         await client.removed(path)
 
 
+@pytest.mark.timeout(400)
 async def test_root_needs_nobodys_leave(host: Daemon, client: Client) -> None:
     for case in CASES:
         assert await case.call(client) == case.result, case.title
         await drain(client)
 
 
+@pytest.mark.timeout(400)
 async def test_an_authorised_user(host: Daemon, bus: Bus, client: Client) -> None:
     async with PolkitDouble.connect(bus.address, Answer.YES) as polkit, user(bus) as active:
         for case in CASES:
