@@ -48,7 +48,7 @@ test-container:
 test-vm:
 	@tests/setup/programs vm
 	@$(MAKE) --no-print-directory $(STAMP)
-	@$(BIN)/pytest -m vm -s $(PYTEST_ARGS) tests/vm
+	@tests/setup/guests $(BIN) $(PYTEST_ARGS)
 
 test-vm-full:
 	@HOSTIMAGE_VM_FULL=1 $(MAKE) --no-print-directory test-vm PYTEST_ARGS="--durations=0 $(PYTEST_ARGS)"
