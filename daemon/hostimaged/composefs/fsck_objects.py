@@ -77,7 +77,8 @@ class DirectoryCheck:
     """Checks directories of objects of the repository open as ``root``, in one thread.
 
     ``secure``: objects must have fs-verity; then, and wherever they have it, the kernel's word is taken for
-    the content. Others are read and hashed. Without the lock of the repository, which may be given up in
+    the digest, and the content is read, as that is when the kernel compares it: a measured digest alone says
+    nothing of what the disk made of it since. Others are read and hashed. Without the lock of the repository, which may be given up in
     ``pause``, called before each object and now and then in a long one, what others remove is no finding.
     """
 
@@ -136,6 +137,8 @@ class DirectoryCheck:
                 if self._secure:
                     return False
                 found = self._hashed(fd)
+            else:
+                self._read(fd)
         except OSError:
             return False
         finally:
@@ -170,6 +173,8 @@ class DirectoryCheck:
                     tally.corrupt(Kind.OBJECT_VERITY_FAILED, where, "not a regular file")
                     return
                 found = self._hashed(fd)
+            else:
+                self._read(fd)
         except OSError as error:
             tally.corrupt(Kind.OBJECT_VERITY_FAILED, where, error.strerror)
             return
@@ -198,6 +203,12 @@ class DirectoryCheck:
         except (OSError, ValueError):
             pass
         return None
+
+    def _read(self, fd: int) -> None:
+        """Have the kernel compare all of a file that has fs-verity; raises ``OSError`` where it differs."""
+        while os.readv(fd, self._buffers) == _BUFFER:
+            if self._pause is not None:
+                self._pause()
 
     def _hashed(self, fd: int) -> ObjectId:
         """The digest of a regular file."""
