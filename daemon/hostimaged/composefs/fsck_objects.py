@@ -78,8 +78,9 @@ class DirectoryCheck:
 
     ``secure``: objects must have fs-verity; then, and wherever they have it, the kernel's word is taken for
     the digest, and the content is read, as that is when the kernel compares it: a measured digest alone says
-    nothing of what the disk made of it since. Others are read and hashed. Without the lock of the repository, which may be given up in
-    ``pause``, called before each object and now and then in a long one, what others remove is no finding.
+    nothing of what the disk made of it since. Others are read and hashed. Without the lock of the repository,
+    which may be given up in ``pause``, called before each object and now and then in a long one, what others
+    remove is no finding.
     """
 
     __slots__ = ("_algorithm", "_buffers", "_pause", "_root", "_secure", "_unsupported", "_view")

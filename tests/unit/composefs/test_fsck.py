@@ -96,6 +96,29 @@ def test_secure(tmp_path: Path, kernel: Kernel) -> None:
     assert checked(path, metadata_only=True).ok
 
 
+def test_what_the_kernel_does_not_give_out_is_damaged(
+    tmp_path: Path, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest is what it was, and a block on the disk is not: that shows when it is read."""
+    path = made(tmp_path / "composefs")
+    kernel.enable(path / "meta.json", bytes(32))
+    for number in range(len(CONTENTS)):
+        kernel.enable(object_file(path, number))
+    damaged = object_file(path, 5).stat().st_ino
+    readv = os.readv
+
+    def read(fd: int, buffers: list[bytearray]) -> int:
+        if os.fstat(fd).st_ino == damaged:
+            raise OSError(errno.EIO, "Input/output error")
+        return readv(fd, buffers)
+
+    monkeypatch.setattr(os, "readv", read)
+    report = checked(path)
+    (finding,) = report.errors
+    assert (finding.kind, finding.detail) == (Kind.OBJECT_VERITY_FAILED, "Input/output error")
+    assert finding.path == f"objects/{fsverity.digest(SHA256, CONTENTS[5]).pathname}"
+
+
 def test_secure_repository_on_a_file_system_without(tmp_path: Path, kernel: Kernel) -> None:
     path = made(tmp_path / "composefs")
     kernel.enable(path / "meta.json", bytes(32))
