@@ -43,6 +43,8 @@ class SmallDisk:
     def turn_read_only(self) -> None:
         """By remounting; where files are open for writing, as a disk that had an error."""
         if run("mount", "-o", "remount,ro", self.path, check=False).code:
+            # What was written so far is not what this is about: an aborted journal loses it.
+            run("sync", "--file-system", self.path)
             trigger = Path("/sys/fs/ext4") / Path(self.device).name / "trigger_fs_error"
             trigger.write_text("test")
         assert os.statvfs(self.path).f_flag & os.ST_RDONLY or self._refuses()
@@ -56,8 +58,8 @@ class SmallDisk:
         return False
 
     def turn_writable(self) -> None:
-        """Mount it anew, checked: an error stays until then."""
-        if run("mount", "-o", "remount,rw", self.path, check=False).code:
+        """Mount it anew, checked: an error stays until then, even where a remount says otherwise."""
+        if run("mount", "-o", "remount,rw", self.path, check=False).code or self._refuses():
             run("umount", self.path)
             run("e2fsck", "-p", "-f", self.device, check=False)
             self.mount()
