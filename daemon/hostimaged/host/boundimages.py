@@ -2,7 +2,7 @@
 
 ``/usr/lib/bootc/bound-images.d`` has symbolic links to quadlet files of the same image, each of which names
 one. Facts: bootc 1.16 (logically bound images). Read from the image's tree in the repository; nothing is
-mounted. Not here: fetching them (``boundpull``), and what they keep (``storekeep``).
+mounted. Not here: fetching them (``boundstore``), and what they keep (``storekeep``).
 """
 
 from __future__ import annotations

@@ -12,15 +12,12 @@ deployment runs after all it is forgotten. Not here: what is to be booted, and w
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hostimaged.errors import HostimageError, PreconditionFailed, from_os_error
-from hostimaged.host.statefile import read_state_file
+from hostimaged.errors import HostimageError, PreconditionFailed
+from hostimaged.host.statefile import read_document, write_document
 from hostimaged.ids import DeploymentId, ManifestDigest
-from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,20 +43,13 @@ class FailedBoot:
 
 def read(paths: HostPaths) -> tuple[FailedBoot, ...]:
     """What is remembered, the oldest first; a file that cannot be understood counts as none."""
-    path = paths.failed_boots
-    try:
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
+    document = read_document(paths.failed_boots, MAX_SIZE, VERSION)
+    if document is None:
         return ()
     try:
-        document = json.loads(read_state_file(directory, path.name, MAX_SIZE) or b"null")
-        if document["version"] != VERSION:
-            return ()
         return tuple(_rows(document["deployments"]))
-    except (HostimageError, ValueError, KeyError, TypeError, RecursionError):
+    except (HostimageError, ValueError, KeyError, TypeError):
         return ()
-    finally:
-        os.close(directory)
 
 
 def _rows(document: list[dict[str, Any]]) -> Iterator[FailedBoot]:
@@ -89,12 +79,7 @@ def remember(
         | ({} if row.manifest_digest is None else {"manifest-digest": str(row.manifest_digest)})
         for row in kept[-MAX_FAILED:]
     ]
-    data = json.dumps({"version": VERSION, "deployments": rows}).encode() + b"\n"
-    try:
-        paths.failed_boots.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(paths.failed_boots, data)
-    except OSError as error:
-        raise from_os_error(error, f"cannot write {paths.failed_boots}") from error
+    write_document(paths.failed_boots, {"version": VERSION, "deployments": rows})
 
 
 def refuse(

@@ -10,13 +10,10 @@ A lost file costs a day, and no image.
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.errors import from_os_error
-from hostimaged.system.durable import replace_file
+from hostimaged.host.statefile import read_document, write_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,14 +28,8 @@ _ID: Final = re.compile(r"[0-9a-f]{64}\Z")
 
 def read(path: Path) -> frozenset[str]:
     """The ids; none if the file is missing or damaged."""
-    raw = b""
-    with suppress(OSError), path.open("rb") as file:
-        raw = file.read(_MAX_SIZE + 1)
-    try:
-        document = json.loads(raw) if len(raw) <= _MAX_SIZE else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or document.get("version") != _VERSION:
+    document = read_document(path, _MAX_SIZE, _VERSION)
+    if document is None:
         return frozenset()
     images = document.get("images")
     found = images if isinstance(images, list) else []
@@ -50,8 +41,4 @@ def write(path: Path, images: Iterable[str]) -> None:
     wanted = sorted(set(images))[:_MAX_IMAGES]
     if frozenset(wanted) == read(path):
         return
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"version": _VERSION, "images": wanted}, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise from_os_error(error, f"cannot write {path}") from error
+    write_document(path, {"version": _VERSION, "images": wanted})

@@ -11,14 +11,12 @@ What is not there, or was made at another time, counts as bootc's. So a lost fil
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from hostimaged.errors import from_os_error
+from hostimaged.host.statefile import read_document, write_document
 from hostimaged.oci import images
 from hostimaged.system import mounts
-from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,14 +112,8 @@ class MadeTags:
 
 
 def _read(path: Path) -> dict[str, float]:
-    raw = b""
-    with suppress(OSError), path.open("rb") as file:
-        raw = file.read(_MAX_SIZE + 1)
-    try:
-        document = json.loads(raw) if len(raw) <= _MAX_SIZE else None
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict) or document.get("version") != _VERSION:
+    document = read_document(path, _MAX_SIZE, _VERSION)
+    if document is None:
         return {}
     tags = document.get("tags")
     if not isinstance(tags, dict):
@@ -130,8 +122,4 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _write(path: Path, made: dict[str, float]) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"version": _VERSION, "tags": made}, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise from_os_error(error, f"cannot write {path}") from error
+    write_document(path, {"version": _VERSION, "tags": made})
