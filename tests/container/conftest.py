@@ -56,6 +56,14 @@ def container(request: pytest.FixtureRequest, root: Path) -> Iterator[Container]
         yield container
 
 
+@pytest.fixture(autouse=True)
+def polkit(container: Container) -> None:
+    """A polkitd that answers: one that is stuck would fail all tests from there on."""
+    if not container.polkit_answers():
+        print("polkitd was stuck:", container.threads("polkit.service"), container.journal("polkit.service"))
+        container.run("systemctl", "restart", "polkit.service")
+
+
 @pytest.fixture
 def user(container: Container) -> Iterator[Person]:
     """Somebody who sits at the computer and knows no password."""

@@ -162,7 +162,22 @@ def test_a_wrong_password(container: Container, user: Person) -> None:
 
 @pytest.mark.parametrize("how", ["interrupts", "hangs up"])
 def test_somebody_who_leaves_the_prompt(container: Container, user: Person, how: str) -> None:
-    """Interrupted with Ctrl-C, or the window closed: nothing was done, and nothing waits any more."""
+    """Interrupted with Ctrl-C, or the window closed: nothing was done, and nothing waits any more.
+
+    polkitd 126 was once seen to answer nobody any more after this. What waits for it then is no fault of
+    ours, so it is done again with another polkitd.
+    """
+    try:
+        _leave_the_prompt(container, user, how)
+    except AssertionError:
+        if container.polkit_answers():
+            raise
+        print("polkitd is stuck:", container.threads("polkit.service"), container.journal("polkit.service"))
+        container.run("systemctl", "restart", "polkit.service")
+        _leave_the_prompt(container, user, how)
+
+
+def _leave_the_prompt(container: Container, user: Person, how: str) -> None:
     answer = CTRL_C if how == "interrupts" else None
     since = container.cursor()
     done = user.on_terminal("hostimagectl", "hold", "1h", answers=[(PROMPT, answer)])

@@ -309,7 +309,7 @@ class _Check:
         if id_ in self._present:
             return
         try:
-            os.close(os.open(f"{OBJECTS}/{id_.pathname}", _FILE_FLAGS | os.O_CLOEXEC, dir_fd=self._root))
+            os.stat(f"{OBJECTS}/{id_.pathname}", dir_fd=self._root)
         except FileNotFoundError:
             self._report.missing_objects += 1
             self._report.errors.add(kind, shown(path), f"{prefix}{id_.hex()}")

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 OBJECTS: Final = "objects"
 #: Large enough to amortise the call, small enough for the cache; most objects fit.
 _BUFFER: Final = 1 << 18
-#: Seconds of work before helpers are started, each of which takes a tenth of a second of a processor for it.
-_PATIENCE: Final = 0.1
+#: Seconds of work that are worth helpers, each of which takes a tenth of a second of a processor to start.
+_WORTH: Final = 0.3
 #: Processes at most, us included. Disks feed no more, and each takes some 12 MB.
 _MAX_PROCESSES: Final = 8
 _DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -214,6 +214,8 @@ class DirectoryCheck:
     def _hashed(self, fd: int) -> ObjectId:
         """The digest of a regular file."""
         count = os.readv(fd, self._buffers)
+        if count <= fsverity.BLOCK:
+            return fsverity.digest_small(self._algorithm, bytes(self._view[:count]))
         if count < _BUFFER:
             return fsverity.digest(self._algorithm, self._view[:count])
         hasher = Hasher(self._algorithm)
@@ -251,10 +253,10 @@ def object_sizes(root: int) -> list[int]:
 class ObjectCheck:
     """Checks all objects of the repository open as ``root``.
 
-    ``begin`` works for a moment and starts helpers if that was not enough; the caller may do something else
-    until ``finish``. Leaving the context ends the helpers. ``check`` is called often, in this thread, and may
-    raise to give up, or give up the lock for a while. ``done`` is called, in any thread, with the number of
-    each directory that was checked.
+    ``begin`` works until it can tell whether helpers are worth it, and starts them; the caller may do
+    something else until ``finish``. Leaving the context ends the helpers. ``check`` is called often, in this
+    thread, and may raise to give up, or give up the lock for a while. ``done`` is called, in any thread, with
+    the number of each directory that was checked.
     """
 
     def __init__(
@@ -299,8 +301,12 @@ class ObjectCheck:
             self._tell(byte)
 
     def begin(self) -> None:
-        """Check for a moment; then start helpers if there is more to do, and return."""
-        self._work(time.monotonic() + _PATIENCE)
+        """Check some directories, as fast as which the rest will go; start helpers for that, and return."""
+        begun = time.monotonic()
+        left = 0.0
+        while self._pending and left < _WORTH:
+            self._work_on_one()
+            left = (time.monotonic() - begun) / len(self._done) * len(self._pending)
         if self._pending:
             for _ in range(min(len(os.sched_getaffinity(0)), _MAX_PROCESSES) - 1):
                 self._start_helper()
@@ -311,7 +317,8 @@ class ObjectCheck:
         Raises ``StorageError`` if a directory cannot be read.
         """
         while True:
-            self._work(None)
+            while self._pending:
+                self._work_on_one()
             for _, thread in self._helpers:
                 thread.join()
             # A helper that died gave its directory back.
@@ -324,15 +331,14 @@ class ObjectCheck:
             total.findings.extend(tally.findings)
         return total
 
-    def _work(self, until: float | None) -> None:
-        while self._pending and (until is None or time.monotonic() < until):
-            if self._give_up is not None:
-                self._give_up()
-            try:
-                byte = self._pending.popleft()
-            except IndexError:
-                return  # a helper was faster
-            self._add(byte, self._mine.check(byte))
+    def _work_on_one(self) -> None:
+        if self._give_up is not None:
+            self._give_up()
+        try:
+            byte = self._pending.popleft()
+        except IndexError:
+            return  # a helper was faster
+        self._add(byte, self._mine.check(byte))
 
     def _start_helper(self) -> None:
         import subprocess

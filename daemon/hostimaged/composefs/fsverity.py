@@ -196,14 +196,18 @@ def block_digests(algorithm: Algorithm, buffer: Buffer) -> bytes:
 def digest(algorithm: Algorithm, buffer: Buffer) -> ObjectId:
     """The fs-verity digest of ``buffer``."""
     view = memoryview(buffer).cast("B")
-    size = len(view)
-    if size <= BLOCK:
-        # Most files of an OS are this small: no tree at all.
-        root = algorithm.new(bytes(view).ljust(BLOCK, b"\0")).digest() if size else b""
-        return _descriptor_digest(algorithm, root, size)
+    if len(view) <= BLOCK:
+        return digest_small(algorithm, bytes(view))
     hasher = Hasher(algorithm)
     hasher.update(view)
     return hasher.finish()
+
+
+def digest_small(algorithm: Algorithm, data: bytes) -> ObjectId:
+    """The fs-verity digest of at most 4096 bytes, as most files of an OS have: no tree at all."""
+    size = len(data)
+    root = algorithm.new(data.ljust(BLOCK, b"\0")).digest() if size else b""
+    return _descriptor_digest(algorithm, root, size)
 
 
 def digest_fd(algorithm: Algorithm, fd: int) -> ObjectId:

@@ -224,7 +224,7 @@ class SplitStream:
     """
 
     __slots__ = ("_algorithm", "_fd", "_name", "_range", "_size", "content_type", "named_refs",
-                 "object_refs", "size", "stream_refs")  # fmt: skip
+                 "object_table", "size", "stream_refs")  # fmt: skip
 
     #: Eight bytes as a number: one of ``ContentType``, or another program's.
     content_type: int
@@ -232,8 +232,8 @@ class SplitStream:
     size: int
     #: The streams that ``named_refs`` may point to.
     stream_refs: tuple[ObjectId, ...]
-    #: The objects that the stream refers to.
-    object_refs: tuple[ObjectId, ...]
+    #: The ids of the objects that the stream refers to, one after the other.
+    object_table: bytes
     #: What the stream calls other streams.
     named_refs: Mapping[str, ObjectId]
 
@@ -263,8 +263,8 @@ class SplitStream:
         self.content_type, self.size = fields[8:]
         if expected is not None and self.content_type != expected:
             raise self._error(f"holds {_shown(self.content_type)}, not {_shown(expected)}")
-        self.stream_refs = self._table("stream references", *fields[0:2])
-        self.object_refs = self._table("object references", *fields[2:4])
+        self.stream_refs = self._split(self._table("stream references", *fields[0:2]))
+        self.object_table = self._table("object references", *fields[2:4])
         self._range = (fields[4], fields[5])
         self._check_range("stream", *self._range)
         self.named_refs = self._names(*fields[6:8])
@@ -299,7 +299,16 @@ class SplitStream:
         if not 0 <= start <= end <= self._size:
             raise self._error(f"{what} outside the file")
 
-    def _table(self, what: str, start: int, end: int) -> tuple[ObjectId, ...]:
+    @property
+    def object_refs(self) -> tuple[ObjectId, ...]:
+        """The objects that the stream refers to; made anew each time."""
+        return self._split(self.object_table)
+
+    def _split(self, table: bytes) -> tuple[ObjectId, ...]:
+        size = self._algorithm.digest_size
+        return tuple(ObjectId(table[at : at + size]) for at in range(0, len(table), size))
+
+    def _table(self, what: str, start: int, end: int) -> bytes:
         size = self._algorithm.digest_size
         self._check_range(what, start, end)
         if end - start > _MAX_TABLE:
@@ -307,7 +316,7 @@ class SplitStream:
         data = self._read(start, end - start)
         if len(data) % size:
             raise self._error(f"the {what} are not a whole number of digests")
-        return tuple(ObjectId(data[at : at + size]) for at in range(0, len(data), size))
+        return data
 
     def _names(self, start: int, end: int) -> dict[str, ObjectId]:
         self._check_range("named references", start, end)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.composefs.repository import Repository, gc
 from hostimaged.composefs.repository.leftovers import remove_leftovers
 from hostimaged.errors import BootLoaderError, HostimageError
-from hostimaged.host import journal, recover, statedirs, storecollect
+from hostimaged.host import journal, statedirs
 from hostimaged.host.adopt import adopt
 from hostimaged.host.bootfs import told
 from hostimaged.host.collectplan import Plan, Rules, make_plan
@@ -89,7 +89,7 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     session.reporter.at("collect.marked")
     path = session.paths.transaction
     journal.write(path, _transaction(session, plan))
-    storecollect.remember(session.paths, plan.store)
+    _remember_store(session, plan)
     session.reporter.at("collect.journal")
     _remove_deployments(session, state, plan)
     _remove_tags(session, plan)
@@ -103,7 +103,7 @@ def collect(session: Session, rules: Rules = _NO_RULES) -> dict[str, Any]:
     remove_leftovers(repository)
     repository.sync()
     session.reporter.at("collect.swept")
-    left = storecollect.remove(session, plan.store)
+    left = _remove_from_store(session, plan)
     session.reporter.at("collect.stored")
     journal.remove(path)
     with told(f"cannot remove {session.paths.collection_due}"):
@@ -168,7 +168,9 @@ def _settled(session: Session, state: HostState) -> HostState:
     if find_roots(session.paths, session.repository, state).doubts:
         return state
     if journal.read(session.paths.transaction) is not None:
-        recover.recover(session, state)
+        from hostimaged.host.recover import recover
+
+        recover(session, state)
         state = session.state()
     finish_interrupted(session.repository, session.reporter)
     return state
@@ -258,6 +260,22 @@ def _remove_tags(session: Session, plan: Plan) -> None:
     session.reporter.at("collect.untagged")
 
 
+def _remember_store(session: Session, plan: Plan) -> None:
+    if plan.store.exists:
+        from hostimaged.host import storecollect
+
+        storecollect.remember(session.paths, plan.store)
+
+
+def _remove_from_store(session: Session, plan: Plan) -> dict[str, Any]:
+    session.reporter.at("collect.store")
+    if not plan.store.anything:
+        return {}
+    from hostimaged.host import storecollect
+
+    return storecollect.remove(session, plan.store)
+
+
 def _kept(plan: Plan, reasons: Iterable[str]) -> dict[str, Any]:
     return {"result": "kept", "reasons": list(dict.fromkeys(reasons))[:_TOLD], **_numbers(None)} | {
         "deployments-kept": len(plan.roots.roots)
@@ -280,7 +298,7 @@ def _result(plan: Plan, marked: Marked, swept: GcResult) -> dict[str, Any]:
         "boot-bytes": sum(each.size for each in plan.artifacts),
         "deployments-kept": len(roots.roots),
         **{key: names[:_TOLD] for key, names in gone.items() if names},
-        **storecollect.told(plan.store),
+        **plan.store.told(),
     }
 
 

@@ -15,7 +15,7 @@ from hostimaged.errors import HostimageError, InvalidReference
 from hostimaged.host.cleanup import DeadArtifact, dead_artifacts
 from hostimaged.host.collectroots import Roots, counted_entries, find_roots
 from hostimaged.host.entries import NOTHING
-from hostimaged.host.storekeep import NO_STORE, StorePlan, StoreSearch
+from hostimaged.host.storeplan import NO_STORE, StorePlan
 from hostimaged.host.tags import (
     BOOTC_TAG,
     IMAGES,
@@ -129,6 +129,8 @@ def make_plan(
     dead = tuple(_DeadTags(paths, repository, state, rules, now).find(known, manifests))
     store = NO_STORE
     if rules.store:
+        from hostimaged.host.storekeep import StoreSearch
+
         kept = {name: digest for name, digest in known.items() if _is_own(name) and name not in dead}
         store = StoreSearch(paths, repository, state, roots, kept, now).plan()
     return replace(

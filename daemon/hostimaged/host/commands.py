@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, Final
 from hostimaged.boot.loader import Bootloader
 from hostimaged.composefs.repository import RepositoryMissing, Verity
 from hostimaged.errors import HostimageError, NoSpace, ReadOnly, from_os_error
-from hostimaged.host import softreboot
-from hostimaged.host.finalize import finalize
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.session import DEFAULT_LOCK_TIMEOUT, open_session
 from hostimaged.host.space import with_places
@@ -84,6 +82,9 @@ def _finalize(paths: HostPaths, lock_timeout: float) -> dict[str, Any]:
     if paths.marker_dir is None or not paths.marker_dir.exists():
         # Most shutdowns: nothing is mounted, locked or read for them.
         return {"result": "nothing-staged"}
+    from hostimaged.host import softreboot
+    from hostimaged.host.finalize import finalize
+
     _make_writable(paths)
     _make_run_directory(paths)
     try:

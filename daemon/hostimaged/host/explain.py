@@ -19,7 +19,6 @@ from hostimaged.host.tags import BOOTC_TAG, GUEST_TAG, PIN_TAG
 from hostimaged.oci import pulls
 from hostimaged.oci.images import PULL_TAG, TAGS, decode_tag, manifest_stream, tags
 from hostimaged.oci.reference import ImageReference
-from hostimaged.oci.storage.contents import called
 
 if TYPE_CHECKING:
     from hostimaged.composefs.repository import Repository
@@ -125,7 +124,7 @@ def _of_store(
 ) -> dict[str, Any]:
     """``answer`` with what keeps ``image`` in the store."""
     assert image is not None
-    where = f"image {called(image)} of bootc's containers-storage"
+    where = f"image {image.called} of bootc's containers-storage"
     reasons = next((found for other, found in plan.store.stay if other.id == image.id), ())
     lines += [f"  {where}: kept, {reason}" for reason in reasons[:_MAX_CHAINS]]
     if not reasons and not plan.store.doubts:

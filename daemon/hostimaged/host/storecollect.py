@@ -14,13 +14,12 @@ from hostimaged.errors import Cancelled, HostimageError
 from hostimaged.host import storerecord
 from hostimaged.host.storekeep import LOCK_TIMEOUT
 from hostimaged.oci.storage import owned
-from hostimaged.oci.storage.contents import called
 from hostimaged.oci.storage.leftovers import sweep
 from hostimaged.oci.storage.store import Store
 
 if TYPE_CHECKING:
     from hostimaged.host.session import Session
-    from hostimaged.host.storekeep import StorePlan
+    from hostimaged.host.storeplan import StorePlan
     from hostimaged.system.paths import HostPaths
 
 #: Images for one call of podman, as in bootc.
@@ -40,32 +39,12 @@ def remember(paths: HostPaths, plan: StorePlan) -> None:
     storerecord.write(paths.store_record, (storerecord.read(paths.store_record) | plan.needed) & there)
 
 
-def told(plan: StorePlan) -> dict[str, Any]:
-    """What a result says of the store: ``store-images`` that go, the number of ``store-layers`` beside them,
-    ``store-bytes`` that this frees, and ``store-kept``: why nothing goes. Nothing where there is nothing to
-    say.
-    """
-    found: dict[str, Any] = {}
-    if plan.gone:
-        found["store-images"] = plan.names[:_TOLD]
-    if plan.layers:
-        found["store-layers"] = len(plan.layers)
-    if plan.anything:
-        found["store-bytes"] = plan.freed
-    if plan.doubts:
-        found["store-kept"] = list(plan.doubts[:_TOLD])
-    return found
-
-
 def remove(session: Session, plan: StorePlan) -> dict[str, Any]:
     """Remove what goes, images before layers that nobody has. The result has ``store-problem`` if some of it
     is still there, and says why.
 
     Raises ``Cancelled``. A podman that fails is no error: all else is collected.
     """
-    session.reporter.at("collect.store")
-    if not plan.anything:
-        return {}
     problem = "podman kept them"
     try:
         with owned.podman(
@@ -100,6 +79,6 @@ def _left(session: Session, plan: StorePlan) -> list[str]:
     except HostimageError as error:
         return [error.message]
     return [
-        *(called(image) for image in plan.gone if image.id in images),
+        *(image.called for image in plan.gone if image.id in images),
         *(f"layer {layer}" for layer in sorted(layers)),
     ]

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Final
 from hostimaged.errors import HostimageError, ImageNotFound, ProgramMissing
 from hostimaged.host import boundimages, storerecord
 from hostimaged.host.imagefacts import ImageSource
+from hostimaged.host.storeplan import NO_STORE, StorePlan
 from hostimaged.ids import DeploymentId
 from hostimaged.oci import pulls
 from hostimaged.oci.boot_refs import boot_refs
 from hostimaged.oci.reference import Transport
-from hostimaged.oci.storage.contents import Contents, called
+from hostimaged.oci.storage.contents import Contents
 from hostimaged.oci.storage.names import StoreName
 from hostimaged.oci.storage.naming import name_in_store
 from hostimaged.oci.storage.store import Store, StoredImage, StoreMissing
@@ -77,39 +78,6 @@ class Wanted:
             found += self.digests.get(digest, ())
         found += [reason for name, reason in self.names if any(name.means(one) for one in image.names)]
         return tuple(dict.fromkeys(found))
-
-
-@dataclass(frozen=True, slots=True)
-class StorePlan:
-    """What a collection does to the store: images that stay, with the reasons, and those that go.
-
-    ``layers`` are the highest of layers that nobody has, which go too, and ``spared`` those that may be of a
-    pull that was interrupted, or is under way. ``freed``: bytes that all this frees. ``doubts``: why nothing
-    goes. ``needed``: ids of those that deployments need, or what was pulled. ``exists`` is False where there
-    is no store.
-    """
-
-    stay: tuple[tuple[StoredImage, tuple[str, ...]], ...] = ()
-    gone: tuple[StoredImage, ...] = ()
-    layers: tuple[str, ...] = ()
-    spared: tuple[str, ...] = ()
-    freed: int = 0
-    doubts: tuple[str, ...] = ()
-    needed: frozenset[str] = frozenset()
-    exists: bool = True
-
-    @property
-    def anything(self) -> bool:
-        """Whether anything goes."""
-        return bool(self.gone or self.layers)
-
-    @property
-    def names(self) -> list[str]:
-        """What goes, for people."""
-        return [called(image) for image in self.gone]
-
-
-NO_STORE: Final = StorePlan(exists=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +266,7 @@ def _add_listed(contents: Contents, reasons: dict[str, list[str]]) -> None:
     listed: dict[str, str] = {}
     for image in contents.images:
         if reasons[image.id] and not image.tops:
-            listed.update(dict.fromkeys(_instances(image), f"part of the list {called(image)}, which stays"))
+            listed.update(dict.fromkeys(_instances(image), f"part of the list {image.called}, which stays"))
     for image in contents.images:
         reasons[image.id] += sorted({listed[digest] for digest in image.digests if digest in listed})
 

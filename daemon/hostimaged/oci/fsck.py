@@ -276,10 +276,11 @@ class _ImageCheck:
 
 
 def _only_object(repository: Repository, stream: SplitStream, name: str, limit: int) -> bytes:
-    if len(stream.object_refs) != 1:
-        raise CorruptRepository(f"stream {name} holds {len(stream.object_refs)} objects, not one")
+    objects = stream.object_refs
+    if len(objects) != 1:
+        raise CorruptRepository(f"stream {name} holds {len(objects)} objects, not one")
     # Not ``read_object``, which checks the content in every repository: the caller knows its sha256.
-    fd = repository.open_object(stream.object_refs[0])
+    fd = repository.open_object(objects[0])
     try:
         with open(fd, "rb", closefd=False) as file:
             raw = file.read(limit + 1)

@@ -42,6 +42,8 @@ STOP_LIMIT = 60.0
 UNIT_LIMIT = 10
 #: Seconds until what was killed is gone.
 KILL_LIMIT = 10.0
+#: Seconds in which polkitd says its version.
+POLKIT_LIMIT = 10
 _DROP_INS = {
     # Tests stop and start it more often than five times in ten seconds.
     "system/hostimaged.service.d/test.conf": "[Unit]\nStartLimitIntervalSec=0\n",
@@ -124,6 +126,17 @@ class Container:
         after = [f"--after-cursor={since}"] if since else []
         self.run("journalctl", "--sync")
         return self.run("journalctl", "--no-pager", "--output=cat", f"--unit={unit}", *after).out
+
+    def polkit_answers(self) -> bool:
+        """Whether polkitd, which is asked by one thread of its own at a time, is not stuck."""
+        where = ("org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority")
+        read = ["busctl", f"--timeout={POLKIT_LIMIT}", "get-property", *where]
+        return self.run(*read, f"{where[0]}.Authority", "BackendVersion", check=False).code == 0
+
+    def threads(self, unit: str) -> str:
+        """What each thread of a service is doing, as far as the kernel tells."""
+        shown = "for t in /proc/$1/task/*; do head -n 20 $t/comm $t/wchan $t/syscall $t/stack; done 2>&1"
+        return self.run("sh", "-c", shown, "sh", self.show(unit, "MainPID"), check=False).out
 
     def cursor(self) -> str:
         """The journal's present position."""

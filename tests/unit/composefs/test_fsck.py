@@ -68,7 +68,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(fsck_objects, "_PATIENCE", 60)  # helpers have the real kernel
+    monkeypatch.setattr(fsck_objects, "_WORTH", 60)  # helpers have the real kernel
     return Kernel(monkeypatch)
 
 
@@ -184,7 +184,7 @@ def test_sizes(tmp_path: Path, algorithm: Algorithm, size: int) -> None:
 @pytest.fixture
 def helped(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """Helpers are started at once; they are listed in the result."""
-    monkeypatch.setattr(fsck_objects, "_PATIENCE", 0)
+    monkeypatch.setattr(fsck_objects, "_WORTH", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     started: list[subprocess.Popen[bytes]] = []
 
@@ -219,7 +219,7 @@ def test_helpers_find_the_same(
             tally = check.finish()
     assert len(helped) == 2
     assert all(process.returncode is not None for process in helped)
-    monkeypatch.setattr(fsck_objects, "_PATIENCE", 60)
+    monkeypatch.setattr(fsck_objects, "_WORTH", 60)
     alone = checked(path)
     assert len(helped) == 2
     assert (tally.checked, tally.corrupted) == (alone.objects_checked, alone.objects_corrupted) == (41, 7)
@@ -253,7 +253,7 @@ def test_killed_helpers_cost_nothing(tmp_path: Path, helped: list[subprocess.Pop
 
 def test_helpers_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = made(tmp_path / "composefs")
-    monkeypatch.setattr(fsck_objects, "_PATIENCE", 0)
+    monkeypatch.setattr(fsck_objects, "_WORTH", 0)
 
     def popen(*args: object, **kwargs: object) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")

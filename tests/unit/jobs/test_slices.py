@@ -74,11 +74,11 @@ class EveryTime:
         self.taken += 1
 
 
-@pytest.mark.parametrize("patience", [0.1, 0.0])
+@pytest.mark.parametrize("worth", [60.0, 0.0], ids=["alone", "with helpers"])
 def test_a_collector_between_two_slices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: float
 ) -> None:
-    monkeypatch.setattr("hostimaged.composefs.fsck_objects._PATIENCE", patience)
+    monkeypatch.setattr("hostimaged.composefs.fsck_objects._WORTH", worth)
     path = made(tmp_path / "repository")
     breaks = EveryTime(path)
     with Repository.open(path) as repository:

@@ -189,11 +189,11 @@ class _Marking:
             self._point()
             try:
                 with read_tables(self._repository, id_) as stream:
-                    objects, named = stream.object_refs, set(stream.named_refs.values())
+                    objects, named = stream.object_table, set(stream.named_refs.values())
             except HostimageError as error:
                 self._note("stream", f"{STREAMS}/{names[id_]}", error)
                 continue
-            self._objects.update(objects)
+            self._objects.update_joined(objects, self._repository.algorithm.digest_size)
             self._objects.update(named)
             pending += named & names.keys()
 

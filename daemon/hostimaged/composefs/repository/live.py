@@ -33,17 +33,24 @@ class ObjectSet:
         """Have all of ``ids`` in it, which are equally long."""
         if ids:
             joined = b"".join(ids)
-            # Eight bytes at a time, and of those the first of each id: at the speed of C.
-            self._keys.update(memoryview(joined).cast("Q")[:: len(joined) // len(ids) // _KEPT].tolist())
+            self.update_joined(joined, len(joined) // len(ids))
+
+    def update_joined(self, joined: bytes, size: int) -> None:
+        """Have the ids in it that ``joined`` is made of, ``size`` bytes each."""
+        self._keys.update(_heads(joined, size))
 
     def absent(self, joined: bytes, size: int) -> list[int]:
         """Positions of the ids, ``size`` bytes each, in ``joined`` that are not in it."""
         keys = self._keys
-        heads = memoryview(joined).cast("Q")[:: size // _KEPT].tolist()
-        return [place for place, key in enumerate(heads) if key not in keys]
+        return [place for place, key in enumerate(_heads(joined, size)) if key not in keys]
 
     def __contains__(self, id_: bytes) -> bool:
         return int.from_bytes(id_[:_KEPT], sys.byteorder) in self._keys
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _heads(joined: bytes, size: int) -> list[int]:
+    # Eight bytes at a time, and of those the first of each id: at the speed of C.
+    return memoryview(joined).cast("Q")[:: size // _KEPT].tolist()

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Bytes of a block in st_blocks.
 _BLOCK: Final = 512
-#: Digits of an id in a text.
-_SHORT: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +87,6 @@ class Contents:
                 found.add(layer)
                 layer = self.parents[layer]
         return found
-
-
-def called(image: StoredImage) -> str:
-    """``image`` for people: its names and the beginning of its id."""
-    return " ".join([*image.names, f"({image.id[:_SHORT]})"])
 
 
 def _only_there(root: int, places: Iterable[str]) -> int:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from hostimaged.ids import SourceDigest
 
+#: Digits of an id in a text.
+_SHORT: Final = 12
 _DIRECTORIES: Final = ("overlay", "overlay-images", "overlay-layers")
 _IMAGES: Final = "overlay-images/images.json"
 _LAYERS: Final = "overlay-layers/layers.json"
@@ -97,6 +99,11 @@ class StoredImage:
         """
         name = f"{_MANIFEST}-{digest}" if f"{_MANIFEST}-{digest}" in self.data else _MANIFEST
         return self.store.image_data(self.id, name, MAX_MANIFEST)
+
+    @property
+    def called(self) -> str:
+        """It for people: its names and the beginning of its id."""
+        return " ".join([*self.names, f"({self.id[:_SHORT]})"])
 
     @property
     def digests(self) -> frozenset[str]:
