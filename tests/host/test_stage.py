@@ -126,6 +126,19 @@ def test_a_staged_image_can_get_another_name(host: RecordedHost) -> None:
     assert str(Origin.parse(host.origin(image.id).read_bytes(), "origin").reference) == str(OTHER)
 
 
+def test_what_runs_can_get_another_name(host: RecordedHost) -> None:
+    """The same image elsewhere, a mirror, is what updates follow from now on."""
+    life = installed(host)
+    image = life.booted.image
+    before = host.origin(life.booted.id).read_bytes()
+    assert do(host, image) == "already-current"
+    assert host.origin(life.booted.id).read_bytes() == before
+    assert do(host, image, reference=OTHER) == "already-current"
+    after = Origin.parse(host.origin(life.booted.id).read_bytes(), "origin")
+    assert str(after.reference) == str(OTHER)
+    assert after == Origin.parse(before, "origin").with_reference(OTHER)
+
+
 def test_a_download_waits_until_it_is_unlocked(host: RecordedHost) -> None:
     life = installed(host)
     image = host.image(NEXT)

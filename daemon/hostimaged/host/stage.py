@@ -241,6 +241,7 @@ class _Stage:
         if row is None or row.role is Role.HIDDEN:
             return None
         if row.role is Role.BOOTED:
+            self._follow(row)
             return self._result(Result.ALREADY_CURRENT)
         if row.role is Role.STAGED:
             if self._lacks(boundimages.of_deployment(self._session.repository, self.id)):
@@ -264,11 +265,15 @@ class _Stage:
             )
         return bool(missing)
 
-    def _change_staged(self, row: Deployment) -> None:
-        """Follow the new reference, and unlock what is staged if it is not only to be downloaded."""
+    def _follow(self, row: Deployment) -> None:
+        """Have updates follow the new reference from a deployment that is there."""
         if row.origin is not None and row.origin.reference != self._reference:
             changed = row.origin.with_reference(self._reference)
             statedirs.rewrite_origin(self._session.paths, row.id, changed)
+
+    def _change_staged(self, row: Deployment) -> None:
+        """Follow the new reference, and unlock what is staged if it is not only to be downloaded."""
+        self._follow(row)
         if row.locked and not self._request.locked:
             self._session.write_marker(Marker(row.id, finalization_locked=False))
 
