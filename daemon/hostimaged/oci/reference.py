@@ -10,6 +10,7 @@ import os.path
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Final, Self
 
 from hostimaged.errors import InvalidReference
@@ -109,6 +110,17 @@ class ImageReference:
     def path(self) -> str:
         """The path of a transport of files, "" for the others."""
         return self.name.partition(":")[0] if self.transport in _PATH_TRANSPORTS else ""
+
+    @property
+    def real_path(self) -> Path | None:
+        """``path`` without links, as they are now; None for other transports.
+
+        With them where they lead to a path with a colon, which containers-image cannot name.
+        """
+        if not self.path:
+            return None
+        real = Path(self.path).resolve()
+        return Path(self.path) if ":" in str(real) else real
 
     @property
     def inner(self) -> str:

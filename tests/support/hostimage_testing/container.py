@@ -29,7 +29,7 @@ from hostimage_testing.tools import Finished, absent, require
 PACKAGES = (
     *("systemd", "systemd-sysv", "libpam-systemd", "dbus", "dbus-broker", "polkitd", "pkexec", "login"),
     *("passwd", "util-linux", "python3", "python3-pip", "python3-zstandard", "python3-pydantic"),
-    *("python3-structlog", "python3-dbus-next", "skopeo"),
+    *("python3-structlog", "python3-dbus-next", "skopeo", "podman", "crun"),
 )
 #: Implementations of the bus.
 BUSES = ("dbus-daemon", "dbus-broker")

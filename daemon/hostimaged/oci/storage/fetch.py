@@ -202,7 +202,7 @@ class _Fetch:
         self._reporter = reporter
         self._lock_timeout = lock_timeout
         self._patience = patience
-        self._transfer: Transfer = Downloading(wanted.reference)
+        self._transfer: Transfer | None = None
 
     def run(self, label: Labeller | None) -> Fetched:
         """See ``fetch_image``."""
@@ -212,11 +212,10 @@ class _Fetch:
         self._reporter.at("fetch.planned")
         if resolved.stored is None:
             owned.ensure(self._paths, self._work_dir, self._reporter.at, label)
-            with owned.podman(self._paths, self._work_dir, self._check) as podman:
+            with owned.podman(self._paths, self._work_dir, self._check, self._reference.real_path) as podman:
                 before = self._names()
-                if resolved.here:
-                    self._transfer = self._feeding(resolved)
-                image_id = self._transfer.run(podman, self._name, resolved.missing, self._reporter)
+                transfer = self._transfer or self._other_transfer(resolved)
+                image_id = transfer.run(podman, self._name, resolved.missing, self._reporter)
                 self._reporter.at("fetch.fetched")
                 self._rename(podman, image_id, before)
         elif self._name not in resolved.stored.names:
@@ -227,6 +226,12 @@ class _Fetch:
             image_id = resolved.stored.id
         self._reporter.at("fetch.named")
         return self._result(resolved, image_id)
+
+    def _other_transfer(self, resolved: _Resolved) -> Transfer:
+        """The way into the store of what is in no other store."""
+        if self._reference.transport is not Transport.DOCKER:
+            return Copying.from_files(self._paths, self._reference, resolved.manifest.config_digest)
+        return self._feeding(resolved) if resolved.here else Downloading(self._reference)
 
     def _check(self) -> None:
         self._reporter.at("fetch.waiting")
@@ -283,7 +288,7 @@ class _Fetch:
             except ImageNotFound:
                 pass
             else:
-                self._transfer = Copying(self._paths, self._reference, found.image)
+                self._transfer = Copying.from_store(self._paths, self._reference, found.image)
                 return found
         source = open_source(
             self._reference,
@@ -296,7 +301,7 @@ class _Fetch:
             lock_timeout=self._lock_timeout,
         )
         if isinstance(source, StorageSource):
-            self._transfer = Copying(self._paths, self._reference, source.image)
+            self._transfer = Copying.from_store(self._paths, self._reference, source.image)
         return source
 
     def _local(self) -> StorageName | None:
@@ -314,7 +319,7 @@ class _Fetch:
         Not where signatures are asked for, which podman has to see with the image as it is; and a converted
         manifest is not that of the image.
         """
-        if not isinstance(self._transfer, Downloading) or self._reference.transport is not Transport.DOCKER:
+        if self._transfer is not None or self._reference.transport is not Transport.DOCKER:
             return ()
         if SourceDigest.of_content(fetched.raw) != fetched.source_digest or not self._accepts_anything():
             return ()

@@ -57,9 +57,11 @@ def open_store(
 
 
 @contextlib.contextmanager
-def podman(paths: HostPaths, work_dir: Path, check: Callable[[], None]) -> Iterator[Podman]:
+def podman(
+    paths: HostPaths, work_dir: Path, check: Callable[[], None], source: Path | None = None
+) -> Iterator[Podman]:
     """podman on the store of the host, which exists; see ``Podman``."""
-    with Podman(paths, paths.store, work_dir, check) as opened:
+    with Podman(paths, paths.store, work_dir, check, source) as opened:
         yield opened
 
 

@@ -69,8 +69,11 @@ runroot = "{RUNROOT}"
 [storage.options]
 pull_options = {{enable_partial_images = "false"}}
 """
-#: The store, for podman.
-_WHERE: Final = ("--root", str(STORE_ALIAS), "--runroot", RUNROOT, "--storage-driver", "overlay")
+#: The store, for podman. Events are for none: what would take them, the journal's socket, is hidden in /run.
+_WHERE: Final = (
+    *("--root", str(STORE_ALIAS), "--runroot", RUNROOT, "--storage-driver", "overlay"),
+    *("--events-backend", "none"),
+)
 _VERSION: Final = re.compile(rb"(\d+)\.(\d+)")
 _CONTAINERS_CONF: Final = '[engine]\nevents_logger = "none"\n'
 
@@ -79,13 +82,21 @@ class Podman:
     """podman on the store at ``store``, a directory that exists (``owned`` makes it).
 
     ``work_dir`` is an existing private directory for temporary files, which the caller removes. ``check`` is
-    called while podman is waited for, and may raise. Needs what ``Profile.STORE`` keeps. Programs end with
-    ``close``, or with this process. One thread at a time. A context manager.
+    called while podman is waited for, and may raise. ``source``: a file or directory that is read from, which
+    may be where others are hidden; it has no links in it. Needs what ``Profile.STORE`` keeps. Programs end
+    with ``close``, or with this process. One thread at a time. A context manager.
 
     Raises ``ProgramMissing``, ``NotSupported`` and ``StorageError``.
     """
 
-    def __init__(self, paths: HostPaths, store: Path, work_dir: Path, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        paths: HostPaths,
+        store: Path,
+        work_dir: Path,
+        check: Callable[[], None],
+        source: Path | None = None,
+    ) -> None:
         find_program("podman")
         self.work_dir = work_dir
         #: Where podman finds ``work_dir``, too.
@@ -101,7 +112,7 @@ class Podman:
             self._runs = runs
             self._environment = self._configured()
             try:
-                self._mounts = PrivateMounts(lambda: _arrange(paths, store, work_dir))
+                self._mounts = PrivateMounts(lambda: _arrange(paths, store, work_dir, source))
             except OSError as error:
                 raise from_os_error(error, "cannot give podman mounts of its own") from error
             stack.callback(self._mounts.close)
@@ -323,9 +334,16 @@ def _credentials(containers: ContainersConfig) -> int:
     return fd
 
 
-def _arrange(paths: HostPaths, store: Path, work_dir: Path) -> None:
+def _arrange(paths: HostPaths, store: Path, work_dir: Path, source: Path | None) -> None:
     """Mounts as podman needs them; see the module. Files are opened before anything hides them."""
-    kept = {STORE_ALIAS: store, SHARED_PLACE: work_dir}
+    kept: dict[Path, Path] = {}
+    if source is not None and _is_volatile(source):
+        # With what is beside it, where layouts may have their blobs; at its place, for the signature policy.
+        shown = source if source.parent in VOLATILE else source.parent
+        if not shown.is_dir():
+            raise NotSupported(f"{source} is where nothing is seen by podman: put it into a directory")
+        kept[shown] = shown
+    kept |= {STORE_ALIAS: store, SHARED_PLACE: work_dir}
     resolver = RESOLVER.resolve()
     if _is_volatile(resolver):
         kept[resolver.parent] = resolver.parent

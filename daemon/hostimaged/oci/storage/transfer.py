@@ -1,18 +1,20 @@
-"""How an image comes into the store of the host: podman downloads it, or skopeo copies it from another store.
+"""How an image comes into the store: podman downloads it, or skopeo copies what is on the machine.
 
 podman tells bytes from 5.9 on, over its API; before that it names what it copies, and the bytes are those of
-the files that it keeps until they are unpacked. Out of another store ``podman image push`` would do the same
-as ``skopeo copy`` (bootc uses it); but with mounts of its own podman would take the machine for one that was
-just booted, and forget which containers of root's own store run.
+the files that it keeps until they are unpacked. skopeo has the same code for storing, and is told the name:
+
+* Out of another store bootc uses ``podman image push``; but with mounts of its own podman would take the
+  machine for one that was just booted, and forget which containers of root's own store run.
+* From files bootc uses ``podman pull``. Of ``oci:DIRECTORY:TAG`` podman 4.3 makes one name for all tags of a
+  directory, and podman 5.4 stores the image, looks for it by its tag alone, and fails.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from hostimaged.errors import StorageError
-from hostimaged.oci.reference import Transport
 from hostimaged.oci.storage.podman import LOCATION
 from hostimaged.system.paths import CONTAINERS_HOME, STORE_RUNS
 from hostimaged.system.workdir import used_bytes
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from hostimaged.ids import ConfigDigest
     from hostimaged.oci.reference import ImageReference
     from hostimaged.oci.storage.podman import Podman
     from hostimaged.oci.storage.store import StoredImage
@@ -37,15 +40,14 @@ class Transfer(Protocol):
     """A way for an image to come into the store."""
 
     def run(self, podman: Podman, name: str, missing: Mapping[str, int], reporter: Reporter) -> str:
-        """Put the image into the store of ``podman``; gives its id.
+        """Put the image into the store of ``podman`` under ``name``; gives its id.
 
-        Under ``name``, save what podman names itself. ``missing``: digests and sizes of blobs that are not
-        there; ``reporter`` is told of their bytes.
+        ``missing``: digests and sizes of blobs that are not there; ``reporter`` is told of their bytes.
         """
 
 
 class Downloading:
-    """podman fetches ``reference``."""
+    """podman fetches ``reference`` from a registry."""
 
     def __init__(self, reference: ImageReference) -> None:
         self._reference = reference
@@ -53,14 +55,13 @@ class Downloading:
     def run(self, podman: Podman, name: str, missing: Mapping[str, int], reporter: Reporter) -> str:
         """See ``Transfer``."""
         count = Count(missing, podman.work_dir, reporter)
-        from_registry = self._reference.transport is Transport.DOCKER
-        if from_registry and podman.version() >= TELLS_BYTES:
+        if podman.version() >= TELLS_BYTES:
             from hostimaged.oci.storage.service import pull
 
             image_id = pull(podman, name, self._reference, count)
         else:
             said = podman.run(
-                ["pull", name if from_registry else str(self._reference)],
+                ["pull", name],
                 reference=self._reference,
                 said=count.line,
                 looked=count.look,
@@ -74,22 +75,38 @@ class Downloading:
 
 
 class Copying:
-    """skopeo copies ``image`` of another store, for ``reference``."""
+    """skopeo copies ``source``, in its notation, which is the image ``image_id``, for ``reference``."""
 
-    def __init__(self, paths: HostPaths, reference: ImageReference, image: StoredImage) -> None:
+    def __init__(
+        self, paths: HostPaths, reference: ImageReference, source: str, image_id: str, *options: str
+    ) -> None:
         self._reference = reference
-        self._image_id = image.id
+        self._source = source
+        self._image_id = image_id
+        self._policy = ["--policy", str(paths.containers.policy)]
+        self._options = ["--quiet", *options]
+
+    @classmethod
+    def from_store(cls, paths: HostPaths, reference: ImageReference, image: StoredImage) -> Self:
+        """The copy of ``image`` of another store."""
         root = image.store.root
         if root == paths.containers.storage:
             root = CONTAINERS_HOME / root.name
-        self._source = f"containers-storage:[overlay@{root}+{STORE_RUNS}]@{image.id}"
-        self._options = ["--policy", str(paths.containers.policy)]
+        source = f"containers-storage:[overlay@{root}+{STORE_RUNS}]@{image.id}"
+        # They are for the name that it has there.
+        return cls(paths, reference, source, image.id, "--remove-signatures")
+
+    @classmethod
+    def from_files(cls, paths: HostPaths, reference: ImageReference, config: ConfigDigest) -> Self:
+        """The copy of an image whose configuration is ``config``, from a directory or an archive."""
+        inner = f":{reference.inner}" if reference.inner else ""
+        return cls(paths, reference, f"{reference.transport}:{reference.real_path}{inner}", config.hex)
 
     def run(self, podman: Podman, name: str, missing: Mapping[str, int], reporter: Reporter) -> str:
         """See ``Transfer``."""
         count = Count(missing, podman.work_dir, reporter)
         podman.run(
-            [*self._options, "copy", "--quiet", "--remove-signatures", self._source, f"{LOCATION}{name}"],
+            [*self._policy, "copy", *self._options, self._source, f"{LOCATION}{name}"],
             reference=self._reference,
             looked=count.look,
             program="skopeo",
