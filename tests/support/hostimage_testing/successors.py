@@ -24,15 +24,21 @@ def version(number: int) -> str:
 
 def make(layouts: Path, directory: Path, number: int) -> Path:
     """Make the layout of an image below ``directory``; ``layouts`` has that of ``v1``."""
-    base = _only_layer(layouts / "v1")
-    layout = Layout(directory / version(number))
-    digest = base.descriptor["digest"]
-    layout.blob_path(digest).symlink_to((layouts / "v1/blobs/sha256" / digest.split(":")[1]).resolve())
+    layout, base = on_top_of_v1(layouts, directory / version(number))
     created = f"2026-11-10T{number // 60:02}:{number % 60:02}:00Z"
     labels = {"org.opencontainers.image.version": version(number)}
     own = layout.layer(_changes(number), "zstd", 1)
     layout.image("latest", [base, own], labels=labels, config_extra={"created": created})
     return layout.path
+
+
+def on_top_of_v1(layouts: Path, path: Path) -> tuple[Layout, Layer]:
+    """A new layout at ``path`` without images, that has the layer of ``v1``."""
+    base = _only_layer(layouts / "v1")
+    layout = Layout(path)
+    digest = base.descriptor["digest"]
+    layout.blob_path(digest).symlink_to((layouts / "v1/blobs/sha256" / digest.split(":")[1]).resolve())
+    return layout, base
 
 
 def _only_layer(layout: Path) -> Layer:
