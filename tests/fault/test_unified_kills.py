@@ -29,6 +29,8 @@ from hostimage_testing.registry import Registry
 from hostimage_testing.samples import copy
 from hostimage_testing.tools import require
 from hostimaged.composefs.repository import Repository, RepositoryMissing
+from hostimaged.host.tags import stream_ref
+from hostimaged.oci.images import tags
 from hostimaged.oci.storage import owned
 from hostimaged.oci.storage.leftovers import leftovers, sweep
 from hostimaged.system.paths import HostPaths
@@ -78,26 +80,29 @@ def images(tmp_path_factory: pytest.TempPathFactory, registry: Registry, skopeo:
 class Campaign:
     """One daemon, one host, and what is done to them."""
 
-    def __init__(self, daemon: Daemon, client: Client, host: HostPaths) -> None:
+    def __init__(self, daemon: Daemon, client: Client, host: HostPaths, cfsctl: str) -> None:
+        self.cfsctl = cfsctl
         self.daemon = daemon
         self.client = client
         self.host = host
         self.random = random.Random(SEED)
         self.killed: dict[str, int] = {}
         self.ends: dict[str, int] = {}
+        #: When each victim was there in pulls that nobody disturbed: first and last, in seconds.
+        self.spans: dict[str, list[tuple[float, float]]] = {}
 
     async def run(self, work: Path, images: list[str]) -> int:
         """Kill often enough; gives how often there was nobody to kill."""
-        begun = time.monotonic()
         assert await self.pull(images[0]) == ("done", "")
-        duration = time.monotonic() - begun
+        for name in images[1:]:
+            await self.watch(name)
         missed = number = 0
         while (kills := sum(self.killed.values())) < KILLS:
             number += 1
             name = images[number % IMAGES]
             # Not there any more: each pull fetches something.
-            _in_process(_forget, self.host, work, images, name)
-            missed += not await self.strike(name, VICTIMS[(kills + missed) % len(VICTIMS)], duration)
+            _in_process(_forget, self.cfsctl, self.host, work, images, name)
+            missed += not await self.strike(name, VICTIMS[kills % len(VICTIMS)])
             _in_process(check_both, self.host)
             assert await self.pull(name) == ("done", ""), "the next pull succeeds"
             _in_process(check_both, self.host)
@@ -108,10 +113,24 @@ class Campaign:
         state, error = (await self.client.removed(path))[3:5]
         return state, error
 
-    async def strike(self, name: str, victim: str, duration: float) -> bool:
+    async def watch(self, name: str) -> None:
+        """Pull, and see when victims come and go."""
+        begun = time.monotonic()
+        pulling = asyncio.create_task(self.pull(name))
+        seen: dict[str, list[float]] = {"daemon": [0.0]}
+        while not pulling.done():
+            for victim in VICTIMS:
+                if self._find(victim) is not None:
+                    seen.setdefault(victim, []).append(time.monotonic() - begun)
+            await asyncio.sleep(0.005)
+        assert pulling.result() == ("done", "")
+        for victim, times in seen.items():
+            self.spans.setdefault(victim, []).append((times[0], times[-1]))
+
+    async def strike(self, name: str, victim: str) -> bool:
         """Kill in the middle of a pull; False if there was nobody to kill (any more)."""
         path = await self.client.pull(f"docker://{name}", unified=True)
-        await asyncio.sleep(self.random.uniform(0, duration))
+        await asyncio.sleep(self.random.uniform(*self.random.choice(self.spans[victim])))
         pid = self._find(victim)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -207,7 +226,7 @@ async def test_r24_random_kills_in_both_stages(
         stack.callback(daemon.clean_up)
         client = await stack.enter_async_context(connected(bus))
         await daemon.start()
-        campaign = Campaign(daemon, client, host)
+        campaign = Campaign(daemon, client, host, cfsctl)
         missed = await campaign.run(tmp_path, images)
         await daemon.end()
     judge.check()
@@ -215,8 +234,8 @@ async def test_r24_random_kills_in_both_stages(
     print(f"seed {SEED}: killed {campaign.killed}, missed {missed}, ends {campaign.ends}")
 
 
-def _forget(host: HostPaths, tmp_path: Path, images: list[str], name: str) -> None:
-    """Take the image and its neighbours out of the store, and their names out of the repository."""
+def _forget(cfsctl: str, host: HostPaths, tmp_path: Path, images: list[str], name: str) -> None:
+    """Take the image and its neighbours out of the store, and all images out of the repository."""
     store = owned.open_store(host)
     assert store is not None
     with private_directory(tmp_path / "work", "x-") as work_dir, store:
@@ -225,6 +244,10 @@ def _forget(host: HostPaths, tmp_path: Path, images: list[str], name: str) -> No
         if there:
             with owned.podman(host, work_dir, lambda: None) as podman:
                 podman.remove(there)
+    with Repository.open(host.repository, lock_timeout=10) as repository:
+        for tag in tags(repository):
+            repository.remove_stream_ref(stream_ref(tag))
+    Judge(cfsctl, host.repository)("gc")
 
 
 def _in_process(function: object, *arguments: object) -> None:

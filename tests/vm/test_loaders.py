@@ -61,11 +61,13 @@ def test_install_update_and_roll_back(tmp_path: Path, workshop: Workshop, loader
         assert deployment(guest, "is-rollback")["id"] == first["id"]
         # A kernel image is of one deployment only; a kernel and its initrd may be started for both.
         assert kernels(guest) == ({first["id"], second["id"]} if loader.unified else {first["id"]})
+        guest.shell("echo later >/etc/later")
         guest.run("hostimagectl", "rollback")
         assert [deployment(guest, kind)["default"] for kind in ("booted", "is-rollback")] == [False, True]
         guest.reboot()
 
         assert check_booted(guest, "v1", loader)["id"] == first["id"]
-        assert guest.run("cat", "/etc/image-setting").out.strip() == "of v1"
-        guest.run("test", "!", "-e", "/etc/local")
+        # Its own /etc, as it was when it was left.
+        assert guest.run("cat", "/etc/image-setting", "/etc/local").out.split("\n")[:2] == ["of v1", "local"]
+        guest.run("test", "!", "-e", "/etc/later")
         assert deployment(guest, "is-rollback")["id"] == second["id"]

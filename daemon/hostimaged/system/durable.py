@@ -31,6 +31,8 @@ _ALPHABET: Final = string.ascii_letters + string.digits
 _RANDOM_LENGTH: Final = 12
 _NAME_TRIES: Final = 16
 
+#: Directory entries of these are not whole before what they lead to is written.
+_ENTRIES_HAVE_PLACES: Final = frozenset({syscalls.MSDOS_SUPER_MAGIC, syscalls.EXFAT_SUPER_MAGIC})
 #: What an ``open`` with O_TMPFILE says where the file system (EOPNOTSUPP) or the kernel cannot.
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR})
 
@@ -54,15 +56,21 @@ def sync_file(fd: int) -> None:
 
 
 def sync_directory(directory: int | StrPath) -> None:
-    """Write the entries of a directory to its device."""
-    if isinstance(directory, int):
+    """Write the entries of a directory to its device, so that what was renamed is found there.
+
+    On FAT an entry has where its file begins, which Linux writes with the file, not with the directory: after
+    a rename a synced directory may lead to nothing yet, or to what is freed next. There all is written.
+    """
+    if not isinstance(directory, int):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync_directory(fd)
+        finally:
+            os.close(fd)
+    elif syscalls.filesystem_type(directory) in _ENTRIES_HAVE_PLACES:
+        sync_filesystem(directory)
+    else:
         os.fsync(directory)
-        return
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_filesystem(fd: int) -> None:
@@ -184,13 +192,13 @@ def publish_name(directory: int, temporary: str, name: str, *, source: int | Non
             os.stat(name, dir_fd=directory, follow_symlinks=False)
             raise FileExistsError(errno.EEXIST, "the name is taken") from None
         os.rename(temporary, name, src_dir_fd=source, dst_dir_fd=directory)
-    os.fsync(directory)
+    sync_directory(directory)
 
 
 def exchange_names(directory: int, one: str, other: str) -> None:
     """Exchange what two names in ``directory`` lead to, in one step, durably when this returns."""
     syscalls.rename_exchange(one, other, source_fd=directory, target_fd=directory)
-    os.fsync(directory)
+    sync_directory(directory)
 
 
 class NewFile:

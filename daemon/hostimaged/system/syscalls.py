@@ -118,6 +118,20 @@ def syncfs(fd: int) -> None:
     _checked(_libc.syncfs(fd))
 
 
+#: Types of file systems as ``statfs`` tells them (linux/magic.h).
+MSDOS_SUPER_MAGIC: Final = 0x4D44
+EXFAT_SUPER_MAGIC: Final = 0x2011BAB0
+#: Larger than the structure, whose first member is the type.
+_STATFS_SIZE: Final = 256
+
+
+def filesystem_type(fd: int) -> int:
+    """The type of the file system that ``fd`` lies on, as ``statfs`` tells it."""
+    found = ctypes.create_string_buffer(_STATFS_SIZE)
+    _checked(_libc.fstatfs(fd, found))
+    return ctypes.c_long.from_buffer(found).value
+
+
 def open_beneath(root: int | StrPath, path: StrPath, flags: int, mode: int = 0) -> int:
     """Open ``path`` as if ``root``, a directory (descriptor or path), were the root directory; close-on-exec.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hostimaged.boot.esp import EspDevice
-from hostimaged.host import espmount
+from hostimaged.host import bootfs, espmount
+from hostimaged.host.bootsets import BlsSets
 from hostimaged.system import durable, syscalls
 from hostimaged.system.paths import HostPaths
 
@@ -37,6 +39,52 @@ def test_two_directories_change_places(esp: Path) -> None:
     durable.sync_directory(esp)
     assert (esp / "entries/1.conf").read_text() == "new"
     assert (esp / "entries.staged/1.conf").read_text() == "old"
+
+
+def shown_after_a_power_cut(mount: Path, image: Path) -> dict[str, str]:
+    """The files, by path, of a file system as it would be if nothing more of it were written from now on."""
+    copy, place = image.with_name("cut.img"), mount.with_name("cut")
+    shutil.copyfile(image, copy)
+    place.mkdir(exist_ok=True)
+    checked = subprocess.run(["fsck.vfat", "-n", copy], check=False, capture_output=True, text=True)
+    for defect in ("free cluster", "shared", "cluster 0", "Start cluster"):
+        assert defect not in checked.stdout, checked.stdout
+    subprocess.run(["mount", "-o", "loop,ro", copy, place], check=True)
+    try:
+        files = [path for path in place.rglob("*") if path.is_file()]
+        return {str(path.relative_to(place)): path.read_text() for path in files}
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def write_entries(loader: Path, name: str, content: str) -> None:
+    with bootfs.directory(loader) as fd, bootfs.new_directory(fd, name) as entries:
+        durable.write_new_file(entries, "1.conf", [content.encode()])
+
+
+def test_what_was_renamed_is_there_after_a_power_cut(esp: Path, tmp_path: Path) -> None:
+    """The entry of a directory has where it begins: that is on the disk before anything relies on it."""
+    image, loader = tmp_path / "esp.img", esp / "loader"
+    bootfs.make_directory(loader)
+    steps = [("first", "entries"), ("second", "entries"), ("third", "entries.staged")]
+    expected = {}
+    for content, name in steps:
+        write_entries(loader, ".new", content)
+        with bootfs.directory(loader) as fd:
+            bootfs.put_in_place(loader, fd, ".new", name)
+        expected[f"loader/{name}/1.conf"] = content
+        assert shown_after_a_power_cut(esp, image) == expected
+    BlsSets(loader).activate()
+    assert shown_after_a_power_cut(esp, image) == {
+        "loader/entries/1.conf": "third",
+        "loader/entries.staged/1.conf": "second",
+    }
+    BlsSets(loader).remove_staged()
+    durable.replace_file(loader / "loader.conf", b"timeout 1\n")
+    assert shown_after_a_power_cut(esp, image) == {
+        "loader/entries/1.conf": "third",
+        "loader/loader.conf": "timeout 1\n",
+    }
 
 
 def test_noreplace_keeps_what_is_there(esp: Path) -> None:
