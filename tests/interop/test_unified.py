@@ -237,6 +237,25 @@ def test_what_the_store_has_is_not_fetched_again(tmp_path: Path, published: Publ
     assert sent < second.bytes_fetched + 3 * SMALL
 
 
+def test_r24_half_an_image_is_completed(tmp_path: Path, published: Published) -> None:
+    """podman that is killed before it stores the manifest leaves an image without it, and without a name."""
+    host = published.host(tmp_path / "host")
+    first = pull_unified(host, published.reference)
+    index = host.store / "overlay-images/images.json"
+    (entry,) = json.loads(index.read_text())
+    for name in [name for name in entry["big-data-names"] if name.startswith("manifest")]:
+        encoded = name if name == "manifest" else "=" + base64.b64encode(name.encode()).decode()
+        (host.store / "overlay-images" / entry["id"] / encoded).unlink()
+        entry["big-data-names"].remove(name)
+    del entry["names"]
+    index.write_text(json.dumps([entry]))
+    again = pull_unified(host, published.reference)
+    assert again.fetched.image_id == first.fetched.image_id
+    assert again.fetched.bytes_fetched < SMALL
+    assert stored(host) == {published.name: first.fetched.image_id}
+    assert again.result.manifest_digest == first.result.manifest_digest
+
+
 def test_what_the_repository_has_is_not_fetched_again(
     tmp_path: Path, cfsctl: str, published: Published
 ) -> None:

@@ -18,6 +18,8 @@ from hostimaged.host.bootsets import BlsSets
 from hostimaged.system import durable, syscalls
 from hostimaged.system.paths import HostPaths
 
+NEW = f"{bootfs.TEMPORARY}new"
+
 
 @pytest.fixture
 def esp(tmp_path: Path) -> Iterator[Path]:
@@ -42,7 +44,10 @@ def test_two_directories_change_places(esp: Path) -> None:
 
 
 def shown_after_a_power_cut(mount: Path, image: Path) -> dict[str, str]:
-    """The files, by path, of a file system as it would be if nothing more of it were written from now on."""
+    """The files, by path, of a file system as it would be if nothing more of it were written from now on.
+
+    Without those under temporary names, which recovery removes.
+    """
     copy, place = image.with_name("cut.img"), mount.with_name("cut")
     shutil.copyfile(image, copy)
     place.mkdir(exist_ok=True)
@@ -51,8 +56,8 @@ def shown_after_a_power_cut(mount: Path, image: Path) -> dict[str, str]:
         assert defect not in checked.stdout, checked.stdout
     subprocess.run(["mount", "-o", "loop,ro", copy, place], check=True)
     try:
-        files = [path for path in place.rglob("*") if path.is_file()]
-        return {str(path.relative_to(place)): path.read_text() for path in files}
+        files = {str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()}
+        return {name: path.read_text() for name, path in files.items() if bootfs.TEMPORARY not in name}
     finally:
         subprocess.run(["umount", place], check=True)
 
@@ -69,9 +74,9 @@ def test_what_was_renamed_is_there_after_a_power_cut(esp: Path, tmp_path: Path) 
     steps = [("first", "entries"), ("second", "entries"), ("third", "entries.staged")]
     expected = {}
     for content, name in steps:
-        write_entries(loader, ".new", content)
+        write_entries(loader, NEW, content)
         with bootfs.directory(loader) as fd:
-            bootfs.put_in_place(loader, fd, ".new", name)
+            bootfs.put_in_place(loader, fd, NEW, name)
         expected[f"loader/{name}/1.conf"] = content
         assert shown_after_a_power_cut(esp, image) == expected
     BlsSets(loader).activate()

@@ -113,8 +113,12 @@ class StoredImage:
 
     @property
     def complete(self) -> bool:
-        """Whether it has a configuration, and all its layers are in the store. Raises as ``layers`` does."""
-        return all(self.layers().values())
+        """Whether it has a manifest, and all its layers are in the store. Raises as ``layers`` does.
+
+        podman lists an image before what comes with it: one that was killed leaves half an image, without a
+        name, which the next that stores it completes.
+        """
+        return _MANIFEST in self.data and all(self.layers().values())
 
     def config(self) -> bytes:
         """Its configuration. Raises ``StoreDamaged``."""
