@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.bus.authorization import Member
 from hostimaged.bus.requests import make_request
-from hostimaged.errors import Internal
+from hostimaged.bus.status import STILL_LOOKING
+from hostimaged.errors import Busy, Internal
 from hostimaged.jobs.job import Apply, Initiator, Terms
 from hostimaged.jobs.operations import (
     Check,
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from hostimaged.jobs.queue import JobQueue
 
 
+#: Seconds to wait for the first scan, within the 25 in which callers commonly want an answer: what is to be
+#: done to a host depends on what is there, and on what it follows.
+_PATIENCE: Final = 20.0
+#: These do not.
+_OF_THE_DAEMON: Final = frozenset({Member.HOLD_UPDATES, Member.SET_UPDATE_POLICY, Member.RELOAD})
 _APPLY: Final = {"none": Apply.NONE, "soft-reboot": Apply.SOFT_REBOOT, "reboot": Apply.REBOOT}
 
 
@@ -59,7 +65,7 @@ class GuardedMethods:
         *,
         reload: Callable[[], Awaitable[None]],
         set_policy: Callable[[str], Awaitable[None]],
-        known: Callable[[], Awaitable[None]],
+        known: Callable[[float], Awaitable[bool]],
     ) -> None:
         self._gate = gate
         self._callers = callers
@@ -73,9 +79,11 @@ class GuardedMethods:
     async def answer(self, member: Member, call: MethodCall, deployment: str = "") -> Sequence[Any]:
         """Carry out a call; ``deployment`` is the id of the object that was called.
 
-        It may have started the daemon, so what is on the host is waited for.
+        It may have started the daemon, so what is on the host is waited for. Raises ``Busy`` if that is not
+        known yet, and as ``make_request`` and what is asked for.
         """
-        await self._known()
+        if member not in _OF_THE_DAEMON and not await self._known(_PATIENCE):
+            raise Busy(f"{STILL_LOOKING}: try again later")
         prepare = partial(make_request, member, call.body, self._model, deployment)
         async with self._gate.passed(call, prepare, learn=self._callers.learn_unit) as (caller, request):
             match member:

@@ -31,6 +31,8 @@ SCHEMA: Final = 1
 #: Seconds that callers wait for the scan at start: it takes well under one on a host that is in order, and
 #: one that hangs must not keep them for long.
 FIRST_SCAN: Final = 5.0
+#: Nothing is said of deployments and images before the first scan came back.
+STILL_LOOKING: Final = "what is installed on this host is still being looked for"
 
 _logger = get_logger("hostimaged.bus")
 
@@ -87,17 +89,18 @@ class StatusCache:
         """Whether a scan came back."""
         return self._known.is_set()
 
-    async def known(self) -> None:
-        """Return when the first scan came back, or after ``FIRST_SCAN`` without one: then a problem says so.
+    async def known(self, patience: float | None = None) -> bool:
+        """Whether the first scan came back; waits for it, ``patience`` or ``FIRST_SCAN`` seconds.
 
-        Nothing found and nothing known yet would look the same otherwise.
+        If it did not, a problem says so: nothing found and nothing known yet would look the same otherwise.
         """
         try:
-            async with asyncio.timeout(FIRST_SCAN):
+            async with asyncio.timeout(FIRST_SCAN if patience is None else patience):
                 await self._known.wait()
         except TimeoutError:
             if not self.is_known:
-                self._tell("warning", "what is installed on this host is still being looked for")
+                self._tell("warning", STILL_LOOKING)
+        return self.is_known
 
     @property
     def findings(self) -> Findings:

@@ -309,7 +309,10 @@ class _Check:
         if id_ in self._present:
             return
         try:
-            os.stat(f"{OBJECTS}/{id_.pathname}", dir_fd=self._root)
+            name = f"{OBJECTS}/{id_.pathname}"
+            # Whatever is no file is for the kernel to open, or not.
+            if not stat.S_ISREG(os.stat(name, dir_fd=self._root).st_mode):
+                os.close(os.open(name, _FILE_FLAGS | os.O_CLOEXEC, dir_fd=self._root))
         except FileNotFoundError:
             self._report.missing_objects += 1
             self._report.errors.add(kind, shown(path), f"{prefix}{id_.hex()}")

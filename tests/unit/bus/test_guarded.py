@@ -20,7 +20,7 @@ from hostimaged.bus.guarded import GuardedMethods
 from hostimaged.bus.polkit import Caller
 from hostimaged.bus.requests import Request
 from hostimaged.config import Settings
-from hostimaged.errors import AccessDenied
+from hostimaged.errors import AccessDenied, Busy
 from hostimaged.jobs.job import Initiator
 from hostimaged.jobs.operations import Operation, Stage
 
@@ -41,6 +41,7 @@ class World:
         self.tracked_image = TRACKED
         self.images = [pulled(OLD, 1)]
         self.deployed: dict[str, str] = {}
+        self.is_known = True
         self.meanwhile: Callable[[], None] = lambda: None
         self.pids_asked = 0
         self.actions: list[str] = []
@@ -56,8 +57,12 @@ class World:
     def check_unified(self, request: Request) -> None:
         assert request.member is not Member.SET_UNIFIED
 
-    async def known(self) -> None:
-        return
+    async def known(self, patience: float) -> bool:
+        assert patience > 0
+        return self.is_known
+
+    async def reload(self) -> None:
+        raise AssertionError
 
     async def unix_user(self, name: str, timeout: float) -> int:  # noqa: ASYNC109
         assert (name, timeout > 0) == (NAME, True)
@@ -97,7 +102,7 @@ async def stage(world: World, paths: Any, times: int = 1) -> None:
             stand_in,
             stand_in,
             stand_in,
-            reload=world.known,
+            reload=world.reload,
             set_policy=stand_in,
             known=world.known,
         )
@@ -123,6 +128,16 @@ async def test_an_image_that_stops_being_the_newest_is_authorised_anew(tmp_path:
     ((operation, _),) = world.jobs
     assert isinstance(operation, Stage)
     assert operation.manifest_digest == OLD
+
+
+async def test_nothing_is_done_to_a_host_that_is_not_known_yet(tmp_path: Path) -> None:
+    """What it follows, for one, would be taken from the settings, though it was switched to another image."""
+    world = World()
+    world.is_known = False
+    with pytest.raises(ExceptionGroup) as refused:
+        await stage(world, scratch_host(tmp_path))
+    assert refused.group_contains(Busy, match="still being looked for: try again later")
+    assert (world.jobs, world.actions) == ([], [])
 
 
 async def test_nor_is_it_staged_if_that_is_refused(tmp_path: Path) -> None:

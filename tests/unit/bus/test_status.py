@@ -116,14 +116,14 @@ async def test_the_first_findings_are_waited_for(bench: Bench) -> None:
 
 async def test_they_are_not_waited_for_for_long(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hostimaged.bus.status.FIRST_SCAN", 0.01)
-    await bench.cache.known()
-    await bench.cache.known()
+    assert not await bench.cache.known()
+    assert not await bench.cache.known(0.01)
     assert not bench.cache.is_known
     # Who asks is not told that nothing is installed.
     assert [(row.id, row.severity) for row in bench.cache.findings.problems] == [("scan", "warning")]
     assert bench.changes > 0
     await bench.cache.take(bench.cache.begin(), FOUND)
-    await bench.cache.known()
+    assert await bench.cache.known()
     assert [row.id for row in bench.cache.findings.problems] == ["pulls"]
 
 
