@@ -134,7 +134,7 @@ async def test_an_upgrade_and_a_deletion_are_followed_by_a_collection(
     assert (await by_itself(client))["objects-removed"] > 0
     assert not (host.repository / "images" / garbage.id).exists()
     assert (host.repository / "images" / image.id).exists()
-    client.signals.clear()
+    await client.forget()
     await do(client, "Unstage", "a{sv}", {})
     result = await by_itself(client)
     # The newest of the image that is followed stays pulled.
@@ -159,7 +159,7 @@ async def test_the_first_boot_of_an_update_is_followed_by_a_collection(
     assert await process.wait() == 0
     await served.end()
     assert host.reboot() == image.id
-    client.signals.clear()
+    await client.forget()
     await served.start()
     result = await by_itself(client)
     assert result["states"] == [life.rollback.id]
@@ -208,7 +208,7 @@ async def test_what_deleting_a_deployment_would_free_is_what_it_frees(
         life.rollback.image.recipe.initramfs
     )
     await do(client, "CollectGarbage", "a{sv}", {})
-    client.signals.clear()
+    await client.forget()
     before = objects(host.repository)
     properties = await client.properties(ROOT_PATH, MANAGER_INTERFACE)
     assert properties["RollbackTarget"] != NO_OBJECT

@@ -121,7 +121,7 @@ async def test_an_update_from_check_to_rollback(host: RecordedHost, served: Daem
     await served.end()
     assert host.reboot() == image.id
     # Job ids begin anew with each boot.
-    client.signals.clear()
+    await client.forget()
     await served.start()
     await known(client, lambda found: found["RollbackTarget"] != NO_OBJECT)
     assert (await do(client, "Rollback", "a{sv}", {}))["result"] == "queued"

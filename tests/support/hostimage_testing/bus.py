@@ -192,6 +192,13 @@ class Client:
         await self.connection.add_match("type='signal',sender='org.hostimage1'")
         await self.connection.add_match(f"type='signal',member='NameOwnerChanged',arg0='{BUS_NAME}'")
 
+    async def forget(self) -> None:
+        """Drop all signals that were sent so far, those too that are still on their way."""
+        # The bus keeps the order of what it sends to one connection.
+        bus = "org.freedesktop.DBus"
+        await self.connection.call(bus, "/org/freedesktop/DBus", bus, "GetId")
+        self.signals.clear()
+
     async def until(self, condition: Any, timeout: float = PATIENCE) -> Any:  # noqa: ASYNC109
         """Wait for a signal after which ``condition()`` is true; gives its value."""
         async with asyncio.timeout(timeout):
