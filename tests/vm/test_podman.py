@@ -30,6 +30,7 @@ def test_the_booted_image_runs_as_a_container(
     layout = podman_image.make(disks.layouts, tmp_path, Path(cache) / "vm" if cache else tmp_path)
     with Machine(tmp_path, disks.overlay(tmp_path), disks.images, registry.network) as guest:
         guest.start()
+        check_booted(guest, "v1")
         registry.offer(podman_image.VERSION, layout)
         guest.run("hostimagectl", "upgrade", limit=900)
         guest.reboot()
