@@ -14,7 +14,7 @@ help:
 	@echo 'make test    checks and all tests that can run on this machine'
 	@echo 'make test-container boots a Debian 13 container: real systemd, logind, polkit, both buses'
 	@echo 'make test-vm boots a Debian 13 guest for what needs its kernel (fs-verity, vfat)'
-	@echo 'make test-vm-full boots guests for the rest: other boot loaders, legacy disks, soft reboot'
+	@echo 'make test-vm-full boots guests for the rest: other boot loaders, old disks, soft reboot, podman, power cuts'
 	@echo 'make vm      boots such a guest to play with, on this terminal'
 	@echo 'make check   ruff, mypy, import contracts, unit file, bus policy'
 	@echo 'make bench   benchmarks beside cfsctl, as ratios of medians'
