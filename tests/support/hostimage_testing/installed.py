@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +179,19 @@ def install(
         "-drive", f"file={images},format=raw,if=virtio,readonly=on",
         "-serial", f"file:{console}",
     ]  # fmt: skip
+    try:
+        said = _run_to_the_end(argv, console)
+        if _DONE not in said.splitlines() and emulator.EMULATORS_CRASH in said:
+            print("the emulator made the kernel crash: installed again")
+            said = _run_to_the_end(argv, console)
+    finally:
+        system.unlink()
+    if _DONE not in said.splitlines():
+        raise RuntimeError(f"the image was not installed:\n{said[-8000:]}")
+
+
+def _run_to_the_end(argv: Sequence[str | Path], console: Path) -> str:
+    """Run the emulator until the guest switches itself off; gives what its console shows."""
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         process.wait(INSTALL_LIMIT)
@@ -186,7 +200,4 @@ def install(
     finally:
         process.kill()
         process.wait()
-        system.unlink()
-    said = console.read_text(errors="replace")
-    if _DONE not in said.splitlines():
-        raise RuntimeError(f"the image was not installed:\n{said[-8000:]}")
+    return console.read_text(errors="replace")
