@@ -37,8 +37,8 @@ _FIRMWARE = (
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
     ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
 )
-#: What a kernel says that ran into the breakpoint by which it changes its own code while it runs. The emulator
-#: lets that happen now and then, with two processors; hardware does not.
+#: What a kernel says that ran into a breakpoint by which it changes its own code. The emulator lets that
+#: happen now and then, with two processors; hardware does not.
 EMULATORS_CRASH = "Oops: int3"
 #: What every guest has, however it starts.
 EMULATOR = (

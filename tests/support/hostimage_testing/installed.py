@@ -169,7 +169,7 @@ def install(
     system = directory / "installer.img"
     file_system(root, system, "2G")
     console = directory / "console"
-    subprocess.run([require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"], check=True)
+    make_disk = [require("qemu-img"), "create", "-q", "-f", "qcow2", disk, "3G"]
     argv = [
         "setpriv", "--pdeathsig", "KILL", require("qemu-system-x86_64"), *emulator.EMULATOR, "-no-reboot",
         "-kernel", kernel, "-initrd", initramfs,
@@ -180,9 +180,11 @@ def install(
         "-serial", f"file:{console}",
     ]  # fmt: skip
     try:
+        subprocess.run(make_disk, check=True)
         said = _run_to_the_end(argv, console)
         if _DONE not in said.splitlines() and emulator.EMULATORS_CRASH in said:
             print("the emulator made the kernel crash: installed again")
+            subprocess.run(make_disk, check=True)
             said = _run_to_the_end(argv, console)
     finally:
         system.unlink()
