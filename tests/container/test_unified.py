@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hostimage_testing import tars
 from hostimage_testing.container import PROGRAMS, Container
 from hostimage_testing.judge import Judge
 from hostimage_testing.layout import Layout
@@ -70,7 +71,8 @@ def offered(container: Container) -> Iterator[Layout]:
 
 def offer(container: Container, layout: Layout, source: str, os_release: str) -> None:
     """Let ``source`` be an image with a shell and this /etc/os-release."""
-    layout.image("latest", [layout.layer(runnable_root(os_release.encode()), "gzip")])
+    device = tars.directory(b"dev") + tars.header(b"dev/console", 0, b"3", device=(5, 1)) + tars.END
+    layout.image("latest", [layout.layer(runnable_root(os_release.encode()), "gzip"), layout.layer(device)])
     if source == "stick":
         container.run("mkdir", "-p", "/run/media/bob")
         container.run("cp", "-rT", LAYOUT, "/run/media/bob/stick")
