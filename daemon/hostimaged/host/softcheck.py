@@ -9,10 +9,8 @@ import hashlib
 import os
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.boot.files import DirectoryFiles, TreeFiles
 from hostimaged.errors import HostimageError, PreconditionFailed
 from hostimaged.host.arguments import cmdline_of
-from hostimaged.host.etctree import open_image_tree
 from hostimaged.host.model import Deployment, Role, SoftReboot
 
 if TYPE_CHECKING:
@@ -71,6 +69,10 @@ class SoftRebootCheck:
             return ""
         if self._repository is None:
             return "its SELinux policy cannot be read"
+        # Few hosts have both, another deployment of the same kernel and SELinux.
+        from hostimaged.boot.files import DirectoryFiles, TreeFiles
+        from hostimaged.host.etctree import open_image_tree
+
         if self._policy is None:
             self._policy = policy_digest(DirectoryFiles(self._paths.etc), "")
         image = TreeFiles(open_image_tree(self._repository, target.id), self._repository)

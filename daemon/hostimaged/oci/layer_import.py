@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
     from hostimaged.composefs.fsverity import Buffer
-    from hostimaged.composefs.repository import Repository, StorePool
+    from hostimaged.composefs.repository import Repository
+    from hostimaged.composefs.repository.store_pool import StorePool
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import KeptEntries, LayerEntries
     from hostimaged.progress import Reporter

@@ -6,7 +6,8 @@ from collections import deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
-from hostimaged.composefs.repository import ObjectWriter, Slot
+from hostimaged.composefs.repository import ObjectWriter
+from hostimaged.composefs.repository.store_pool import Slot
 from hostimaged.oci.layer_parts import Part
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hostimaged.composefs.fsverity import Buffer
-    from hostimaged.composefs.repository import How, PoolWriter, Repository, Sharing, Stored, StorePool
+    from hostimaged.composefs.repository import How, Repository, Sharing, Stored
+    from hostimaged.composefs.repository.store_pool import PoolWriter, StorePool
     from hostimaged.composefs.splitstream import Writer
     from hostimaged.ids import ObjectId
     from hostimaged.progress import Reporter

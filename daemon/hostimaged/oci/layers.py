@@ -19,7 +19,8 @@ from hostimaged.system.syscalls import keep_freed_memory
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from hostimaged.composefs.repository import How, Repository, StorePool
+    from hostimaged.composefs.repository import How, Repository
+    from hostimaged.composefs.repository.store_pool import StorePool
     from hostimaged.ids import ObjectId
     from hostimaged.oci.entries import KeptEntries
     from hostimaged.oci.models import Descriptor, ImageConfig, Manifest
@@ -143,8 +144,7 @@ def fetch_layers(
         return _fetch_unpacked(repository, source, plans, reporter, kept, sharing, tally or Tally())
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    from hostimaged.composefs.repository import StorePool
-    from hostimaged.composefs.repository.store_pool import WORTH
+    from hostimaged.composefs.repository.store_pool import WORTH, StorePool
 
     # Thousands of buffers of up to a MiB each: a tenth of the time would go into new pages for them.
     keep_freed_memory(_BUFFER, _KEPT)

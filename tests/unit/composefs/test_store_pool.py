@@ -16,7 +16,8 @@ import pytest
 
 from hostimage_testing.processes import Process, descendants, python_environment
 from hostimaged.composefs.fsverity import Algorithm, digest
-from hostimaged.composefs.repository import Repository, Slot, StorePool, Verity, store_helper, store_pool
+from hostimaged.composefs.repository import Repository, Verity, store_helper, store_pool
+from hostimaged.composefs.repository.store_pool import Slot, StorePool
 from hostimaged.errors import HostimageError, StorageError
 
 NOISE = random.Random(2).randbytes(5_000_000)

@@ -15,7 +15,8 @@ import pytest
 from hostimage_testing import tars
 from hostimaged.composefs import splitstream
 from hostimaged.composefs.fsverity import Algorithm, digest
-from hostimaged.composefs.repository import ObjectWriter, Repository, StorePool, Verity
+from hostimaged.composefs.repository import ObjectWriter, Repository, Verity
+from hostimaged.composefs.repository.store_pool import StorePool
 from hostimaged.composefs.splitstream import ContentType
 from hostimaged.errors import Cancelled, DigestMismatch, NetworkError, NoSpace, UnsupportedImage
 from hostimaged.ids import DiffId

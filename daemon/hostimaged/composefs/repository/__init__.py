@@ -1,4 +1,7 @@
-"""A composefs repository on disk: objects, streams, images, and the names that lead to them."""
+"""A composefs repository on disk: objects, streams, images, and the names that lead to them.
+
+Not here: ``store_pool``, which only what stores many objects imports.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from hostimaged.composefs.repository.metadata import (
 from hostimaged.composefs.repository.objects import ObjectMissing, ObjectWriter
 from hostimaged.composefs.repository.repository import DEFAULT_LOCK_TIMEOUT, Repository, StreamMissing
 from hostimaged.composefs.repository.sharing import ChangedWhileRead, Shareable, SharingImpossible
-from hostimaged.composefs.repository.store_pool import PoolWriter, Slot, StorePool
 from hostimaged.composefs.repository.stored import How, Sharing, Stored
 from hostimaged.composefs.repository.verity import VerityUnavailable
 
@@ -27,14 +29,11 @@ __all__ = [
     "ObjectMissing",
     "ObjectWriter",
     "OldRepository",
-    "PoolWriter",
     "Repository",
     "RepositoryMissing",
     "Shareable",
     "Sharing",
     "SharingImpossible",
-    "Slot",
-    "StorePool",
     "Stored",
     "StreamMissing",
     "Verity",
