@@ -107,7 +107,9 @@ class _Check:
         self._objects: ObjectCheck | None = None
         self._report = Report()
         # Images need what their layers refer to, so most objects are asked for twice.
-        self._present: set[ObjectId] = set()
+        self._present: set[bytes] = set()
+        #: Directories of objects of which that has the files.
+        self._listed_objects: set[int] = set()
 
     def run(self, *, metadata_only: bool) -> Report:
         self._metadata()
@@ -146,6 +148,7 @@ class _Check:
             self._breaks.take()
         self._taken += 1
         self._present.clear()
+        self._listed_objects.clear()
 
     def _metadata(self) -> None:
         report = self._report
@@ -308,6 +311,10 @@ class _Check:
     def _check_present(self, id_: ObjectId, path: str, kind: Kind, prefix: str = "") -> None:
         if id_ in self._present:
             return
+        if id_[0] not in self._listed_objects and len(self._present) < _MAX_PRESENT:
+            self._list_objects(id_[0])
+            if id_ in self._present:
+                return
         try:
             name = f"{OBJECTS}/{id_.pathname}"
             # Whatever is no file is for the kernel to open, or not.
@@ -321,6 +328,27 @@ class _Check:
         else:
             if len(self._present) < _MAX_PRESENT:
                 self._present.add(id_)
+
+    def _list_objects(self, byte: int) -> None:
+        """Take note of the files in a directory of objects; whatever else is there, each asks for itself."""
+        self._listed_objects.add(byte)
+        algorithm, prefix = self._repository.algorithm, f"{byte:02x}"
+        try:
+            fd = os.open(f"{OBJECTS}/{prefix}", _DIRECTORY_FLAGS | os.O_CLOEXEC, dir_fd=self._root)
+            try:
+                with os.scandir(fd) as entries:
+                    names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+            finally:
+                os.close(fd)
+        except OSError:
+            return
+        length, size = algorithm.hex_length - 2, algorithm.digest_size
+        text = "".join(f"{prefix}{name}" for name in names if len(name) == length)
+        with contextlib.suppress(ValueError):
+            found = bytes.fromhex(text)
+            # Upper case and white space, which are read too, are no names of objects.
+            if found.hex() == text:
+                self._present.update(found[at : at + size] for at in range(0, len(found), size))
 
 
 class _Corrupted(Exception):

@@ -195,7 +195,8 @@ def test_errors_keep_their_kind(error: HostimageError) -> None:
 def test_helpers_end_with_their_parent(repository: Repository) -> None:
     program = (
         "import sys, time\n"
-        "from hostimaged.composefs.repository import *\n"
+        "from hostimaged.composefs.repository import Repository\n"
+        "from hostimaged.composefs.repository.store_pool import StorePool\n"
         "pool = StorePool(Repository.open(sys.argv[1]), 2, worth=0)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
