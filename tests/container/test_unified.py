@@ -40,7 +40,7 @@ PODMAN = (
 )  # fmt: skip
 #: As a collection removes images, which it does on hosts with deployments only.
 _REMOVE = """
-import pathlib, sys
+import sys
 from hostimaged.oci.storage import owned
 from hostimaged.system.paths import HostPaths
 from hostimaged.system.workdir import private_directory
@@ -79,7 +79,8 @@ def offer(container: Container, layout: Layout, source: str, os_release: str) ->
         container.run("ln", "-sfn", "media/bob/stick", "/run/stick")
     if source == "registry":
         to = ["--dest-tls-verify=false", SOURCES["files"], SOURCES["registry"]]
-        container.run("skopeo", "copy", "--quiet", *to)
+        # The registry may just be starting.
+        container.run("skopeo", "copy", "--quiet", "--retry-times=5", *to)
 
 
 def result(container: Container, *command: str) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def remember(paths: HostPaths, plan: StorePlan) -> None:
 
     In doubt it stays as it is. Raises what writing raises.
     """
-    if not plan.exists or plan.doubts:
+    if plan.doubts:
         return
     there = {image.id for image, _ in plan.stay} | {image.id for image in plan.gone}
     storerecord.write(paths.store_record, (storerecord.read(paths.store_record) | plan.needed) & there)

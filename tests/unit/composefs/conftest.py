@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostimaged.composefs.fsverity import Algorithm
-from hostimaged.composefs.repository import (
-    Repository,
-    Verity,
-)
+from hostimaged.composefs.repository import Repository, Verity
 
 
 @pytest.fixture

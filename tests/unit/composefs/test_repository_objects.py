@@ -9,14 +9,8 @@ import pytest
 
 from hostimaged.composefs import fsverity
 from hostimaged.composefs.fsverity import Algorithm
-from hostimaged.composefs.repository import (
-    ObjectMissing,
-    Repository,
-)
-from hostimaged.errors import (
-    LimitsExceeded,
-    VerityMismatch,
-)
+from hostimaged.composefs.repository import ObjectMissing, Repository
+from hostimaged.errors import LimitsExceeded, VerityMismatch
 from hostimaged.ids import ObjectId
 
 HELLO = ObjectId.fromhex("1e2eaa4202d750a41174ee454970b92c1bc2f925b1e35076d8c7d5f56362ba64")

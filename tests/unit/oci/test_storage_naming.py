@@ -1,14 +1,19 @@
-"""Names of images in the store of the host, and what a pull counts."""
+"""Names of images in the store of the host, and what a pull copies and counts."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hostimage_testing.host import scratch_host
+from hostimaged.ids import ConfigDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.oci.storage.naming import name_in_store
-from hostimaged.oci.storage.transfer import Count
+from hostimaged.oci.storage.podman import LOCATION
+from hostimaged.oci.storage.transfer import Copying, Count
 from hostimaged.progress import Silent
 
 DIGEST = "sha256:" + "a" * 64
@@ -76,3 +81,23 @@ def test_bytes_are_counted_once_and_never_too_many(tmp_path: Path) -> None:
     assert sum(told.bytes) == 150
     assert told.bytes[0] == 60
     assert all(each > 0 for each in told.bytes)
+
+
+@pytest.mark.parametrize(
+    ("given", "copied"),
+    [
+        ("oci:{here}/link:v1", "oci:{here}/real:v1"),
+        ("dir:{here}/real", "dir:{here}/real"),
+        ("docker-daemon:example.org/os:v1", "docker-daemon:example.org/os:v1"),
+    ],
+)
+def test_what_is_copied_is_named_without_links(tmp_path: Path, given: str, copied: str) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    ran: list[list[str]] = []
+    podman: Any = SimpleNamespace(work_dir=tmp_path, run=lambda argv, **_: ran.append(argv))
+    reference = ImageReference.parse(given.format(here=tmp_path.resolve()))
+    config = ConfigDigest(DIGEST)
+    copying = Copying.from_source(scratch_host(tmp_path / "host"), reference, config)
+    assert copying.run(podman, "localhost/os:v1", {}, Silent()) == config.hex
+    assert ran[0][-2:] == [copied.format(here=tmp_path.resolve()), f"{LOCATION}localhost/os:v1"]

@@ -230,7 +230,7 @@ class _Fetch:
     def _other_transfer(self, resolved: _Resolved) -> Transfer:
         """The way into the store of what is in no other store."""
         if self._reference.transport is not Transport.DOCKER:
-            return Copying.from_files(self._paths, self._reference, resolved.manifest.config_digest)
+            return Copying.from_source(self._paths, self._reference, resolved.manifest.config_digest)
         return self._feeding(resolved) if resolved.here else Downloading(self._reference)
 
     def _check(self) -> None:

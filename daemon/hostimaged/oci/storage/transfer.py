@@ -97,10 +97,16 @@ class Copying:
         return cls(paths, reference, source, image.id, "--remove-signatures")
 
     @classmethod
-    def from_files(cls, paths: HostPaths, reference: ImageReference, config: ConfigDigest) -> Self:
-        """The copy of an image whose configuration is ``config``, from a directory or an archive."""
-        inner = f":{reference.inner}" if reference.inner else ""
-        return cls(paths, reference, f"{reference.transport}:{reference.real_path}{inner}", config.hex)
+    def from_source(cls, paths: HostPaths, reference: ImageReference, config: ConfigDigest) -> Self:
+        """The copy of an image whose configuration is ``config``, from where ``reference`` says.
+
+        A path is given without its links, which may lead through what is hidden.
+        """
+        source = str(reference)
+        if reference.real_path is not None:
+            inner = f":{reference.inner}" if reference.inner else ""
+            source = f"{reference.transport}:{reference.real_path}{inner}"
+        return cls(paths, reference, source, config.hex)
 
     def run(self, podman: Podman, name: str, missing: Mapping[str, int], reporter: Reporter) -> str:
         """See ``Transfer``."""
