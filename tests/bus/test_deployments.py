@@ -127,6 +127,8 @@ async def test_an_update_from_check_to_rollback(host: RecordedHost, served: Daem
     assert (await do(client, "Rollback", "a{sv}", {}))["result"] == "queued"
     properties = await manager(client)
     assert (properties["RollbackQueued"], properties["RebootRequired"]) == (True, True)
+    refused = await error_of(start(client, "Upgrade", "a{sv}", variants({"background": True})))
+    assert (refused.name, "a rollback is queued" in refused.message) == (ErrorName.PRECONDITION_FAILED, True)
     await do(client, "CancelRollback", "a{sv}", {})
     assert (await manager(client))["RollbackQueued"] is False
     await do(client, "Rollback", "a{sv}", {})

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hostimage_testing.hosts import KINDS, RecordedHost
+from hostimage_testing.hosts import KINDS, Kind, Loader, RecordedHost
 from hostimage_testing.lives import Life, staged, upgraded
 from hostimage_testing.operating import session
+from hostimage_testing.os_images import Recipe
 from hostimaged.errors import HostimageError
-from hostimaged.host import bootcheck, lastshutdown, reorder
+from hostimaged.host import bootcheck, failedboots, lastshutdown, reorder
 from hostimaged.host.commands import boot_check_main
 from hostimaged.host.finalize import finalize
+from hostimaged.host.imgref import OriginReference
+from hostimaged.host.stage import StageRequest, stage, unlock
+from hostimaged.ids import ManifestDigest
 from hostimaged.system.boot import read_boot_id
 from hostimaged.system.paths import HostPaths
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
+REFERENCE = OriginReference.parse("ostree-unverified-image:docker://registry.example/os:stable")
 JOURNAL = "/etc/os.conf is a file here and a directory there"
 
 
@@ -125,6 +131,84 @@ def test_an_activation_that_was_cut_short_is_as_expected(host: RecordedHost) -> 
     assert host.entries_staged.exists()
     assert host.reboot() == life.staged.id
     assert check(host) == {"result": "as-expected"}
+
+
+def test_what_was_to_be_downloaded_only_is_as_expected(host: RecordedHost) -> None:
+    life = staged(host, locked=True)
+    with session(host) as opened:
+        assert finalize(opened)["result"] == "download-only"
+    assert host.reboot() == life.booted.id
+    paths = HostPaths.scratch(host.root)
+    assert check(host) == {"result": "as-expected"}
+    assert told(host) is None
+    assert not paths.held_back.exists(), "it is for one boot"
+    assert check(host)["result"] == "not-activated"
+
+
+def test_a_download_is_forgotten_without_an_orderly_shutdown_too(host: RecordedHost) -> None:
+    life = upgraded(host)
+    image = host.image(Recipe(version="3", kernel=b"kernel three "))
+    request = StageRequest(ManifestDigest(image.manifest_digest), REFERENCE, locked=True)
+    with session(host) as opened:
+        assert stage(opened, request)["result"] == "staged"
+    assert host.reboot() == life.booted.id
+    assert check(host) == {"result": "as-expected"}
+    # Unlocked it is promised.
+    with session(host) as opened:
+        assert stage(opened, request)["result"] == "staged"
+        assert unlock(opened)["result"] == "staged"
+    assert host.reboot() == life.booted.id
+    assert check(host)["result"] == "not-activated"
+    with session(host) as opened:
+        assert stage(opened, request)["result"] == "staged"
+        assert stage(opened, replace(request, locked=False))["result"] == "already-staged"
+    assert host.reboot() == life.booted.id
+    assert check(host)["result"] == "not-activated"
+
+
+def test_another_tool_may_decide_otherwise(host: RecordedHost) -> None:
+    """What we promised last is not what boots next: no failure, and no image is suspected."""
+    life = upgraded(host)
+    with session(host) as opened:
+        reorder.rollback(opened)
+        reorder.cancel_rollback(opened)
+    assert life.rollback is not None
+    expected = bootcheck.read_expected(HostPaths.scratch(host.root))
+    assert expected is not None
+    assert str(expected.deployment) == life.booted.id
+    # As bootc rolls back, which knows nothing of the promise.
+    promise = HostPaths.scratch(host.root).expected_boot
+    written = promise.read_bytes()
+    with session(host) as opened:
+        reorder.rollback(opened)
+    promise.write_bytes(written)
+    assert host.reboot() == life.rollback.id
+    assert check(host) == {"result": "as-expected"}
+    assert failedboots.read(HostPaths.scratch(host.root)) == ()
+
+
+def test_one_whose_tries_are_used_up_did_not_start(tmp_path: Path, cfsctl: str) -> None:
+    """systemd-boot itself puts it last."""
+    host = RecordedHost(tmp_path / "host", cfsctl, kind=Kind(Loader.SYSTEMD))
+    life = finalized(host)
+    assert life.staged is not None
+    first = next(path for path in host.entries.iterdir() if life.staged.id in path.read_text())
+    first.rename(first.with_name(first.name.removesuffix(".conf") + "+0-3.conf"))
+    host.booted(life.booted)
+    assert check(host)["deployment"] == life.staged.id
+
+
+def test_getting_there_later_ends_the_complaint(host: RecordedHost) -> None:
+    life = staged(host)
+    assert life.staged is not None
+    assert host.reboot() == life.booted.id
+    assert check(host)["result"] == "not-activated"
+    assert told(host) is not None
+    host.live(life.staged, life.booted)
+    host.discard_staged()
+    host.booted(life.staged, soft_from=life.booted)
+    assert check(host) == {"result": "as-expected"}
+    assert told(host) is None
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "{}", '{"version": 1, "deployment": "x"}', "[" * 4000])

@@ -6,6 +6,7 @@ The kernels that the tests run on need not know vfat: any file system does that 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -342,3 +343,37 @@ def test_the_shutdown_activates_what_is_staged(
     assert capsys.readouterr().out == f"finalized {here.life.staged.id}\n"
     assert Path("/proc/self/mountinfo").read_text() == mounts
     assert here.order() == [here.life.staged.id, here.life.booted.id]
+
+
+def test_the_boot_is_checked_there(partition: MakePartition, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a look at the staged entries a failed shutdown would pass for one without anything staged."""
+    here = partition(staged)
+    assert here.life.staged is not None
+    shutil.rmtree(here.host.root / "run")
+    here.host.booted(here.life.booted)
+    before = here.digest
+    found = commands._boot_check(here.paths)
+    assert (found["result"], found["deployment"]) == ("not-activated", here.life.staged.id)
+    assert here.digest == before
+    assert here.life.staged.id in capsys.readouterr().err
+
+
+def test_where_it_cannot_be_reached_the_rest_is_checked(
+    partition: MakePartition, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = partition(staged)
+    assert here.life.rollback is not None
+    with here.mounted():
+        pass
+    here.paths.expected_boot.parent.mkdir(parents=True, exist_ok=True)
+    document = {"version": 1, "boot_id": "of before", "time": 0, "deployment": here.life.rollback.id}
+    here.paths.expected_boot.write_text(json.dumps(document))
+    shutil.rmtree(here.host.root / "run")
+
+    def broken(*_: Any, **__: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(mountcalls, "make_mount", broken)
+    found = commands._boot_check(here.paths)
+    assert (found["result"], found["deployment"]) == ("not-booted", here.life.rollback.id)
+    assert "cannot be mounted" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from hostimaged.host import finalize as module
 from hostimaged.host import reorder
 from hostimaged.host.commands import finalize_main
 from hostimaged.host.finalize import finalize
+from hostimaged.system.locks import FileLock
+from hostimaged.system.paths import HostPaths
 
 # Many hosts, one after the other, each with its syncs.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
@@ -58,6 +62,41 @@ def test_nothing_staged_is_success(host: RecordedHost, capsys: pytest.CaptureFix
         assert finalize(opened) == {"result": "nothing-staged"}
     assert finalize_main(["--root", str(host.root)]) == 0
     assert capsys.readouterr().out == "nothing-staged\n"
+    assert host.reboot() == life.booted.id
+
+
+def test_with_nothing_staged_nobody_is_waited_for(
+    tmp_path: Path, cfsctl: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The directory of the mark is always there; a shutdown with nothing to do must not fail for others."""
+    host = RecordedHost(tmp_path / "host", cfsctl, kind=KINDS[0])
+    upgraded(host)
+    paths = HostPaths.scratch(host.root)
+    host.marker.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with session(host) as opened:
+        opened.exclusive()
+        assert finalize_main(["--root", str(host.root), "--lock-timeout", "60"]) == 0
+    assert time.monotonic() - begin < 30
+    assert capsys.readouterr().out == "nothing-staged\n"
+    assert not paths.job_lock.exists()
+
+
+def test_others_are_waited_for_no_longer_than_told(tmp_path: Path, cfsctl: str) -> None:
+    """Three locks are taken one after the other, and the unit has but five minutes."""
+    host = RecordedHost(tmp_path / "host", cfsctl, kind=KINDS[0])
+    life = staged(host)
+    paths = HostPaths.scratch(host.root)
+    paths.run_dir.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    with session(host) as opened:
+        opened.exclusive()
+        with ThreadPoolExecutor(1) as pool:
+            with FileLock(paths.job_lock, timeout=0, what="the lock"):
+                done = pool.submit(finalize_main, ["--root", str(host.root), "--lock-timeout", "3"])
+                time.sleep(2)
+            assert done.result() != 0
+    assert 2.5 < time.monotonic() - begin < 4.5
     assert host.reboot() == life.booted.id
 
 

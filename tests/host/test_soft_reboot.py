@@ -19,8 +19,14 @@ from hostimage_testing.os_images import Recipe
 from hostimage_testing.processes import python_environment
 from hostimage_testing.recorded import row_of
 from hostimage_testing.tools import REPOSITORY_ROOT
-from hostimaged.errors import AlreadyBooted, HostimageError, PreconditionFailed, VerityMismatch
-from hostimaged.host import reorder, softreboot
+from hostimaged.errors import (
+    AlreadyBooted,
+    HostimageError,
+    PreconditionFailed,
+    StorageError,
+    VerityMismatch,
+)
+from hostimaged.host import commands, reorder, softreboot
 from hostimaged.host.nextroot import Failed, Plan
 from hostimaged.host.session import open_session
 from hostimaged.host.stage import unstage
@@ -263,7 +269,7 @@ def test_an_entry_that_demands_verity_which_is_not_there(machine: MakeMachine) -
     for file in (here.host.entries / name for name in os.listdir(here.host.entries)):
         file.write_text(file.read_text().replace("composefs=?", "composefs="))
     with here.session() as opened, pytest.raises(VerityMismatch, match="its entry demands it"):
-        softreboot.renew(opened, DeploymentId(here.other.id))
+        softreboot.place_activated(opened, DeploymentId(here.other.id))
     assert here.nothing_is_left()
     with pytest.raises(PreconditionFailed, match="it is not complete"):
         here.place()
@@ -288,7 +294,7 @@ def test_a_failure_in_the_middle_leaves_nothing(machine: MakeMachine, missing: s
     gone = here.host.state(here.other) / missing
     os.rename(gone, gone.with_name("away"))
     with here.session() as opened, pytest.raises(HostimageError, match=f"cannot mount /{gone.name} of"):
-        softreboot.renew(opened, DeploymentId(here.other.id))
+        softreboot.place_activated(opened, DeploymentId(here.other.id))
     assert here.nothing_is_left(), "what was prepared before is not what was wanted either"
     assert Path("/proc/self/mountinfo").read_text() == before
     os.rename(gone.with_name("away"), gone)
@@ -469,6 +475,33 @@ def test_another_that_was_prepared_stays(machine: MakeMachine, monkeypatch: pyte
     here.place()
     assert here.finalize(monkeypatch) == 0
     assert here.prepared == here.other.id
+
+
+@pytest.mark.parametrize(
+    "point", ["etc-merge.exchanged", "finalize.activated", "finalize.marker", "finalize.entries"]
+)
+@pytest.mark.parametrize("killed", [False, True], ids=["fails", "killed"])
+def test_what_fails_half_way_starts_nothing_old(
+    machine: MakeMachine, monkeypatch: pytest.MonkeyPatch, point: str, killed: bool
+) -> None:
+    """The next recovery removes the ``/etc`` that was prepared: nothing may run with it by then."""
+    here = machine(staged=True)
+    with here.session() as opened:
+        softreboot.prepare(opened)
+    (here.host.root / "etc/local.conf").write_text("local\n")
+
+    class Failing(Silent):
+        def at(self, name: str) -> None:
+            if name == point:
+                raise KeyboardInterrupt if killed else StorageError("the disk is gone")
+
+    monkeypatch.setattr(commands, "Silent", Failing)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            here.finalize(monkeypatch)
+    else:
+        assert here.finalize(monkeypatch) != 0
+    assert here.nothing_is_left()
 
 
 def test_a_renewal_that_fails_starts_nothing_old(

@@ -153,6 +153,22 @@ def test_a_download_waits_until_it_is_unlocked(host: RecordedHost) -> None:
         assert rollback(opened)["deployment"] == life.booted.id
 
 
+@pytest.mark.parametrize("kind", [each for each in KINDS if not (each.classic and each.uki)], ids=str)
+def test_what_the_shutdown_would_refuse_is_refused_now(host: RecordedHost) -> None:
+    life = installed(host)
+    image = host.image(NEXT)
+    (host.entries / "copies").mkdir()
+    before = _boot_files(host)
+    with pytest.raises(BootLoaderError, match="copies is no file"):
+        do(host, image)
+    assert _boot_files(host) == before
+    assert not host.state(image.id).exists()
+    assert not (host.root / "run/composefs/staged-deployment").exists()
+    (host.entries / "copies").rmdir()
+    assert do(host, image) == "staged"
+    assert host.reboot() == life.booted.id
+
+
 def test_unstaging_leaves_nothing(host: RecordedHost) -> None:
     life = installed(host)
     image = host.image(NEXT)

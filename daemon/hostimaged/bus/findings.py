@@ -119,12 +119,14 @@ class HostRow(Hyphened):
 class Findings(Hyphened):
     """What a scan found (``hostimaged.host.status``); ``bootc`` is the host document of bootc.
 
-    ``contents``: what sizes of deployments depend on (``hostimaged.host.sizes``). ``stored_names``: what is
-    in the store of the host, by name.
+    ``rollback_ordered``: the one that is queued was asked for since the boot, of us. ``contents``: what
+    sizes of deployments depend on (``hostimaged.host.sizes``). ``stored_names``: what is in the store of the
+    host, by name.
     """
 
     deployments: list[DeploymentRow] = Field(default_factory=list)
     rollback_queued: bool = False
+    rollback_ordered: bool = False
     unsettled: bool = False
     host: HostRow | None = None
     bootc: dict[str, Any] = Field(default_factory=dict)

@@ -103,6 +103,7 @@ class GuardedMethods:
         if _APPLY[options.get("apply", "none")] is Apply.SOFT_REBOOT:
             self._model.check_soft_reboot(request)
         self._model.check_unified(request)
+        self._model.check_background(request)
         job = await self._queue.submit(
             operation_of(request, self._model.settings, unified=self._model.unifies(request)),
             Initiator(caller.uid, options.get("client-id", ""), caller.name, self._callers.unit(caller)),

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hostimaged.jobs.queue import JobQueue
 
 
+#: Calls that change what boots next, and may be made in the background.
+_STAGING: Final = (Member.UPGRADE, Member.SWITCH, Member.STAGE)
 #: Jobs that decide what the next boot starts.
 _FOR_THE_NEXT_BOOT: Final = ("upgrade", "switch", "stage", "rollback")
 
@@ -159,6 +161,16 @@ class Model:
             if meant and not (row.soft_reboot_capable or row.booted):
                 reason = f"deployment {row.id} cannot be reached by a soft reboot: {row.soft_reboot_obstacle}"
                 raise PreconditionFailed(reason)
+
+    def check_background(self, request: Request) -> None:
+        """Raise ``PreconditionFailed`` if what nobody waits for would take the place of a queued rollback."""
+        options = request.options
+        if not options.get("background", False) or options.get("download-only", False):
+            return
+        if request.member in _STAGING and self._status.findings.rollback_ordered:
+            raise PreconditionFailed(
+                "a rollback is queued: an update in the background does not take its place"
+            )
 
     # what is told
 

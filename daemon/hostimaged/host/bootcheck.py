@@ -5,9 +5,13 @@ Whoever activates a menu writes down what the next boot is to start, in ``state/
     {"version": 1, "boot_id": "…", "time": 1767225600, "deployment": "<deployment id>"}
 
 After the next boot that is compared with what runs, and the file goes; a deployment that does not run is
-remembered for longer (``failedboots``). A staged menu that is there without
-its marker was not activated at the last shutdown. What is found is told in ``boot.json`` of the run
-directory, for the daemon::
+remembered for longer (``failedboots``). A staged menu that is there without its marker was not activated at
+the last shutdown, as it should have been unless ``held-back.json`` names its deployment: that was to be
+downloaded only::
+
+    {"version": 1, "deployment": "<deployment id>"}
+
+What is found is told in ``boot.json`` of the run directory, for the daemon::
 
     {"version": 1, "boot_id": "…", "time": …, "deployment": "<deployment id>", "message": "…"}
 """
@@ -20,17 +24,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from hostimaged.boot.order import boot_counter
 from hostimaged.errors import HostimageError, from_os_error, printable
 from hostimaged.host import failedboots
 from hostimaged.host.failedboots import FailedBoot
 from hostimaged.host.read import read_host
-from hostimaged.host.statefile import read_state_file
+from hostimaged.host.statefile import read_document, read_state_file, write_document
 from hostimaged.ids import DeploymentId
 from hostimaged.system.durable import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
+    from hostimaged.host.booted import Booted
     from hostimaged.host.model import HostState
     from hostimaged.host.session import Session
     from hostimaged.system.paths import HostPaths
@@ -78,6 +85,24 @@ def read_expected(paths: HostPaths) -> Expected | None:
         os.close(directory)
 
 
+def hold_back(session: Session, deployment: DeploymentId, *, held: bool) -> None:
+    """Write down whether what is staged waits for somebody to unlock it.
+
+    Never raises: without it a reboot that does not activate it is told as a failure, and does no harm.
+    """
+    path = session.paths.held_back
+    with suppress(OSError, HostimageError):
+        if held:
+            write_document(path, {"version": VERSION, "deployment": str(deployment)})
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _named_in(path: Path) -> str:
+    """The deployment that a file names, "" if there is no such file."""
+    return str((read_document(path, MAX_SIZE, VERSION) or {}).get("deployment", ""))
+
+
 def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) -> dict[str, Any]:
     """Compare what runs with what was to run; ``cause`` gives what the last shutdown said of it.
 
@@ -89,7 +114,7 @@ def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) ->
         # Decided since the boot: it is for the next one to show.
         expected = None
     state = read_host(paths, None)
-    found = _compare(state, expected)
+    found = _compare(state, expected, _named_in(paths.held_back))
     _remember(paths, state, found, now)
     try:
         if found is not None:
@@ -99,8 +124,13 @@ def check(paths: HostPaths, boot_id: str, now: int, cause: Callable[[], str]) ->
             document = {"version": VERSION, "boot_id": boot_id, "time": now, "message": message}
             data = json.dumps(document | {"deployment": str(deployment)}).encode() + b"\n"
             replace_file(paths.boot_file, data)
+        elif state.booted is not None and _named_in(paths.boot_file) == str(state.booted.id):
+            # A soft reboot got there after all.
+            paths.boot_file.unlink(missing_ok=True)
         if expected is not None:
             paths.expected_boot.unlink(missing_ok=True)
+        if state.marker is None and not state.sets.unreadable:
+            paths.held_back.unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(error, "cannot write down how the boot went") from error
     if found is None:
@@ -121,12 +151,28 @@ def _remember(
     failedboots.remember(paths, failedboots.read(paths), failed, state.booted.id)
 
 
-def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId, str, str] | None:
+def _failed(state: HostState, expected: DeploymentId, booted: Booted) -> bool:
+    """Whether what was to be booted does not run, though the menu still has it first.
+
+    Another tool may have changed the menu since that was written down.
+    """
+    if expected in (booted.id, booted.cmdline_id):
+        return False
+    live = state.sets.live
+    if live is None or not live.entries or live.entries[0].id == expected:
+        return True
+    # systemd-boot itself puts one last whose tries are used up.
+    return any(boot_counter(entry.file_name)[1] for entry in live.of(expected))
+
+
+def _compare(
+    state: HostState, expected: Expected | None, held_back: str
+) -> tuple[DeploymentId, str, str] | None:
     """The deployment that should run or be the next to, which of the two failed, and what to tell of it."""
     booted = state.booted
     if booted is None:
         return None
-    if expected is not None and expected.deployment not in (booted.id, booted.cmdline_id):
+    if expected is not None and _failed(state, expected.deployment, booted):
         text = (
             f"deployment {expected.deployment} was to be booted, and {booted.id} runs: another entry was "
             "chosen in the boot menu, or it did not start"
@@ -136,7 +182,8 @@ def _compare(state: HostState, expected: Expected | None) -> tuple[DeploymentId,
     if staged is not None and state.marker is None:
         # After an activation that was cut short the old menu is there instead: its first is a known one.
         target = next(iter(staged.ids), None)
-        if target is not None and (live is None or target not in live.ids):
+        known = () if live is None else live.ids
+        if target is not None and target not in known and str(target) != held_back:
             row = state.find(target)
             digest = None if row is None else row.manifest_digest
             again = "upgrade" if digest is None else f"stage {digest}"

@@ -70,6 +70,9 @@ class BootSetStore(Protocol):
     def staged(self) -> RawSet | None:
         """What the next activation will put in its place; None if there is nothing."""
 
+    def require_replaceable(self) -> None:
+        """Raise ``BootLoaderError`` if what is no file would be lost with the live set."""
+
     def write_staged(self, files: RawSet) -> None:
         """Make ``files`` the staged set, durably; one that is there is replaced, with no set in between."""
 
@@ -124,11 +127,11 @@ class BlsSets:
 
     def replace_live(self, files: RawSet) -> None:
         """See ``BootSetStore``."""
-        self._require_files()
+        self.require_replaceable()
         self._write(files, self.LIVE)
 
-    def _require_files(self) -> None:
-        """Refuse to replace what could not be carried over: directories and links of other people."""
+    def require_replaceable(self) -> None:
+        """See ``BootSetStore``: directories and links of other people cannot be carried over."""
         path = self._loader / self.LIVE
         with told(f"cannot read {path}"):
             if not path.is_dir():
@@ -160,7 +163,7 @@ class BlsSets:
 
     def activate(self) -> None:
         """See ``BootSetStore``."""
-        self._require_files()
+        self.require_replaceable()
         doing = f"cannot activate the boot entries in {self._loader}"
         with told(doing), bootfs.directory(self._loader) as loader:
             if bootfs.exists(self._loader / self.LIVE):
@@ -198,6 +201,13 @@ class GrubSets:
             except FileNotFoundError:
                 return None
         return None if content is None else RawSet(((self.LIVE, content),))
+
+    def require_replaceable(self) -> None:
+        """See ``BootSetStore``."""
+        path = self._grub / self.LIVE
+        with told(f"cannot read {path}"):
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise BootLoaderError(f"{path} is no file, and would be lost")
 
     def write_staged(self, files: RawSet) -> None:
         """See ``BootSetStore``."""

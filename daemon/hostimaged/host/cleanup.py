@@ -156,6 +156,7 @@ def remove_temporary(session: Session, state: HostState) -> None:
         paths.pulls,
         paths.expected_boot,
         paths.failed_boots,
+        paths.held_back,
         paths.made_tags,
         *statedirs.origins(paths),
     ]

@@ -6,21 +6,23 @@ All take the locks that jobs take, and tell failures in one line on standard err
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hostimaged.boot.loader import Bootloader
 from hostimaged.composefs.repository import RepositoryMissing, Verity
-from hostimaged.errors import HostimageError, NoSpace, ReadOnly, from_os_error
+from hostimaged.errors import BootLoaderError, HostimageError, NoSpace, ReadOnly, from_os_error
+from hostimaged.host import espmount, marker
 from hostimaged.host.imgref import OriginReference
 from hostimaged.host.session import DEFAULT_LOCK_TIMEOUT, open_session
 from hostimaged.host.space import with_places
-from hostimaged.ids import DeploymentId, ManifestDigest
+from hostimaged.ids import ManifestDigest
 from hostimaged.oci.reference import ImageReference
 from hostimaged.progress import Phase, Silent
 from hostimaged.system import mounts
@@ -29,7 +31,7 @@ from hostimaged.system.locks import FileLock
 from hostimaged.system.paths import HostPaths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hostimaged.host.collectplan import Rules
 
@@ -79,31 +81,33 @@ def _add_lock_timeout(parser: argparse.ArgumentParser, default: float) -> None:
 
 
 def _finalize(paths: HostPaths, lock_timeout: float) -> dict[str, Any]:
-    if paths.marker_dir is None or not paths.marker_dir.exists():
+    if paths.marker_dir is None or not os.path.lexists(paths.marker_dir / marker.NAME):
         # Most shutdowns: nothing is mounted, locked or read for them.
         return {"result": "nothing-staged"}
     from hostimaged.host import softreboot
     from hostimaged.host.finalize import finalize
 
+    deadline = time.monotonic() + lock_timeout
+
+    def patience() -> float:
+        return max(deadline - time.monotonic(), 0)
+
+    # Whatever happens from here on: a soft reboot never starts an /etc that is not merged, or being removed.
+    withdrawn = softreboot.withdraw_staged(paths)
     _make_writable(paths)
     _make_run_directory(paths)
     try:
         with (
-            FileLock(paths.job_lock, timeout=lock_timeout, what=str(paths.job_lock)),
-            open_session(paths, Silent(), lock_timeout=lock_timeout) as session,
+            FileLock(paths.job_lock, timeout=patience(), what=str(paths.job_lock)),
+            open_session(paths, Silent(), lock_timeout=patience()) as session,
         ):
+            session.lock_timeout = patience()
             result = finalize(session)
-            if result["result"] == "finalized":
-                softreboot.renew(session, DeploymentId(result["deployment"]))
-            elif result["result"] == "download-only":
-                softreboot.cancel_staged(paths)
+            if withdrawn is not None and result["result"] == "finalized":
+                softreboot.place_activated(session, withdrawn)
             return result
     except RepositoryMissing:
         return {"result": "nothing-staged"}
-    except HostimageError:
-        with suppress(HostimageError):
-            softreboot.cancel_staged(paths)
-        raise
 
 
 def _make_run_directory(paths: HostPaths) -> None:
@@ -143,11 +147,26 @@ def _boot_check(paths: HostPaths) -> dict[str, Any]:
             mounts.make_writable(paths.physical_root)
     _make_run_directory(paths)
     # A daemon that runs already might be staging.
-    with FileLock(paths.job_lock, timeout=_BOOT_CHECK_LOCK_TIMEOUT, what=str(paths.job_lock)):
-        found = bootcheck.check(paths, read_boot_id(paths.boot_id), int(time.time()), last_words)
+    with (
+        FileLock(paths.job_lock, timeout=_BOOT_CHECK_LOCK_TIMEOUT, what=str(paths.job_lock)),
+        _with_entries(paths) as places,
+    ):
+        found = bootcheck.check(places, read_boot_id(paths.boot_id), int(time.time()), last_words)
     if message := found.get("message"):
         print(f"hostimaged: {message}", file=sys.stderr)
     return found
+
+
+@contextmanager
+def _with_entries(paths: HostPaths) -> Iterator[HostPaths]:
+    """``paths`` with the ESP; without, what runs can still be compared, and standard error tells."""
+    with ExitStack() as ends:
+        try:
+            found = ends.enter_context(espmount.reached(paths))
+        except BootLoaderError as error:
+            print(f"hostimaged: {error.message}; what was staged is not looked at", file=sys.stderr)
+            found = paths
+        yield found
 
 
 def deploy_main(argv: Sequence[str]) -> int:

@@ -59,6 +59,8 @@ def finalize(session: Session) -> dict[str, Any]:
     if state.marker is None or row is None or state.sets.staged is None:
         return {"result": "nothing-staged"}
     if state.marker.finalization_locked:
+        # It may be bootc that staged it.
+        bootcheck.hold_back(session, row.id, held=True)
         return {"result": "download-only", "deployment": str(row.id)}
     if row.obstacle is not None or row.staged is None:
         reason = "it has no boot entry" if row.obstacle is None else row.obstacle.text

@@ -126,14 +126,26 @@ def cancel_outdated(session: Session) -> None:
         cancel(session.paths)
 
 
-def renew(session: Session, activated: DeploymentId) -> None:
-    """Prepare the deployment that was activated anew, if it was: merging made another directory its ``/etc``.
+def withdraw_staged(paths: HostPaths) -> DeploymentId | None:
+    """Take back what was prepared if it is staged, before it is activated; gives which deployment it was.
 
-    If that fails it is taken back: then a soft reboot starts what runs once more, and a reboot the new one.
-    Raises that failure.
+    Merging makes another directory its ``/etc``, and removes the one that the prepared root has. Follow with
+    ``place_activated``; without, a soft reboot starts what runs once more, and a reboot the new one. Raises
+    ``StorageError`` or ``DamagedState``.
     """
-    if prepared(session.paths) != activated:
-        return
+    found = prepared(paths)
+    staged = None if found is None else read_marker(paths.marker_dir)
+    if found is None or staged is None or staged.depl_id != found:
+        return None
+    cancel(paths)
+    return found
+
+
+def place_activated(session: Session, activated: DeploymentId) -> None:
+    """Prepare a deployment that was withdrawn, and is activated now.
+
+    Raises as ``place``; then nothing is prepared.
+    """
     state = session.state()
     try:
         _assemble(session, state, state.get(activated))
@@ -141,17 +153,6 @@ def renew(session: Session, activated: DeploymentId) -> None:
         with suppress(HostimageError):
             cancel(session.paths)
         raise
-
-
-def cancel_staged(paths: HostPaths) -> None:
-    """Take back what was prepared if it is staged, and was not activated: its ``/etc`` is not merged.
-
-    Raises ``StorageError`` or ``DamagedState``.
-    """
-    found = prepared(paths)
-    staged = None if found is None else read_marker(paths.marker_dir)
-    if staged is not None and staged.depl_id == found:
-        cancel(paths)
 
 
 def _check(session: Session, state: HostState) -> SoftRebootCheck:

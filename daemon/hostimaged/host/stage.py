@@ -24,6 +24,7 @@ from hostimaged.errors import (
     PreconditionFailed,
 )
 from hostimaged.host import (
+    bootcheck,
     bootimage,
     boundimages,
     boundstore,
@@ -146,6 +147,7 @@ def unlock(session: Session) -> dict[str, Any]:
     if row is None:
         raise NothingStaged("no deployment is staged")
     if row.locked:
+        bootcheck.hold_back(session, row.id, held=False)
         session.write_marker(Marker(row.id, finalization_locked=False))
         session.steady().reporter.at("stage.marker")
     return {"result": str(Result.STAGED if row.locked else Result.ALREADY_STAGED), "deployment": str(row.id)}
@@ -199,6 +201,8 @@ class _Stage:
         base_tree = read_image(self._session.repository, base.id)
         etc = self._check_etc(new, base_tree)
         files = self._staged_files(new, base, base_tree)
+        # What the shutdown would refuse is refused now, while somebody is there to hear of it.
+        self._session.store(self._state).require_replaceable()
         new.require_space(freed=cleanup.staged_only_bytes(self._session, self._state))
         bound = boundimages.read(new.tree, self._session.repository)
         if self._lacks(bound):
@@ -230,6 +234,7 @@ class _Stage:
         self._at("stage.state")
         session.store(self._state).write_staged(files)
         self._at("stage.entries")
+        bootcheck.hold_back(session, self.id, held=self._request.locked)
         session.write_marker(Marker(self.id, finalization_locked=self._request.locked))
         session.steady().reporter.at("stage.marker")
         session.expect_garbage()
@@ -275,6 +280,7 @@ class _Stage:
         """Follow the new reference, and unlock what is staged if it is not only to be downloaded."""
         self._follow(row)
         if row.locked and not self._request.locked:
+            bootcheck.hold_back(self._session, row.id, held=False)
             self._session.write_marker(Marker(row.id, finalization_locked=False))
 
     def _base(self) -> Deployment:

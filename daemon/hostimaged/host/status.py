@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hostimaged.composefs.repository import Repository, RepositoryMissing
 from hostimaged.errors import BootLoaderError, HostimageError, UnsupportedImage
-from hostimaged.host import bootc_v1, boundimages, boundstore, espmount
+from hostimaged.host import bootc_v1, bootcheck, boundimages, boundstore, espmount
 from hostimaged.host.model import Problem, ProblemId, Role, Severity
 from hostimaged.host.read import read_host
 from hostimaged.host.sizes import contents_of
 from hostimaged.host.texts import shown
 from hostimaged.host.unified import stored_names
 from hostimaged.oci.scan import scan_repository
+from hostimaged.system.boot import read_boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,19 @@ def _scan(
         image["deployed"] = image.get("manifest-digest") in deployed
     found["problems"] += [_problem(problem) for problem in (*problems, *state.problems)]
     found["stored-names"] = stored_names(paths)
+    found["rollback-ordered"] = state.rollback_queued and _is_ordered(paths, state)
     return found | deployments(state, bound) | {"bootc": bootc_v1.document(state)}
+
+
+def _is_ordered(paths: HostPaths, state: HostState) -> bool:
+    """Whether what boots next was chosen since the boot, of us; not the default that somebody booted past."""
+    expected, default = bootcheck.read_expected(paths), state.default_deployment
+    return (
+        expected is not None
+        and default is not None
+        and expected.deployment == default.id
+        and expected.boot_id == read_boot_id(paths.boot_id)
+    )
 
 
 def _bound(paths: HostPaths, repository: Repository | None, state: HostState) -> Bound:

@@ -69,6 +69,8 @@ def sync_directory(directory: int | StrPath) -> None:
             os.close(fd)
     elif syscalls.filesystem_type(directory) in _ENTRIES_HAVE_PLACES:
         sync_filesystem(directory)
+        # That leaves it in the cache of the disk, where the file system is one of these; fsync empties it.
+        os.fsync(directory)
     else:
         os.fsync(directory)
 

@@ -203,6 +203,11 @@ class HostPaths:
         return self.state / "expected.json"
 
     @property
+    def held_back(self) -> Path:
+        """The deployment that is staged and not to be activated."""
+        return self.state / "held-back.json"
+
+    @property
     def failed_boots(self) -> Path:
         """Deployments that were to boot and did not."""
         return self.state / "failed-boots.json"

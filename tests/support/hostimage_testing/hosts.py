@@ -340,6 +340,13 @@ class RecordedHost:
             "}\n"
         )
 
+    def discard_staged(self) -> None:
+        """Remove the staged set."""
+        if self.entries_staged.is_dir():
+            shutil.rmtree(self.entries_staged)
+        else:
+            self.entries_staged.unlink()
+
     def _write_set(self, place: Path, deployments: Sequence[Deployment], os_id: str | None) -> None:
         if self._user_cfg:
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hostimaged.system import durable
+from hostimaged.system import durable, syscalls
 
 
 @pytest.fixture
@@ -215,6 +215,17 @@ def test_sync(tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch) -
     durable.sync_directory(directory)
     assert synced == [tmp_path.stat().st_ino] * 2
     durable.sync_filesystem(directory)
+
+
+def test_on_fat_all_is_written_and_the_cache_of_the_disk_emptied(
+    tmp_path: Path, directory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(syscalls, "filesystem_type", lambda _: syscalls.MSDOS_SUPER_MAGIC)
+    monkeypatch.setattr(syscalls, "syncfs", lambda _: done.append("syncfs"))
+    monkeypatch.setattr(os, "fsync", lambda _: done.append("fsync"))
+    durable.sync_directory(directory)
+    assert done == ["syncfs", "fsync"]
 
 
 def test_a_new_file_that_cannot_be_removed_either_tells_why_it_was_not_written(
