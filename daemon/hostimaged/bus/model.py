@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 
 #: Calls that change what boots next, and may be made in the background.
 _STAGING: Final = (Member.UPGRADE, Member.SWITCH, Member.STAGE)
+_NO_FINALIZER: Final = Problem(
+    id="finalizer",
+    severity="error",
+    text="hostimaged-finalize.service does not run: the shutdown activates nothing that is staged; "
+    "systemctl enable --now hostimaged-finalize.service",
+)
 #: Jobs that decide what the next boot starts.
 _FOR_THE_NEXT_BOOT: Final = ("upgrade", "switch", "stage", "rollback")
 
@@ -74,6 +80,7 @@ class Model:
         self._boot_id = boot_id
         self._answer: Encoded | None = None
         self._unwatched = ""
+        self._finalizer_missing = False
         self._timer_due = 0
         self.take_settings(settings, settings_problems)
 
@@ -86,6 +93,10 @@ class Model:
     def set_unwatched(self, why: str) -> None:
         """Changes by other programs are noticed late, and why; "": they are noticed at once."""
         self._unwatched = why
+
+    def set_finalizer_missing(self, missing: bool) -> None:
+        """Whether the unit does not run that activates at the shutdown what is staged."""
+        self._finalizer_missing = missing
 
     def set_timer(self, due: int) -> None:
         """When the timer of updates is due, microseconds since the epoch; 0: never."""
@@ -244,6 +255,8 @@ class Model:
         own = [*self._own_problems]
         if self._unwatched:
             own.append(_unwatched(self._unwatched))
+        if self._finalizer_missing and any(row.booted for row in self._status.findings.deployments):
+            own.append(_NO_FINALIZER)
         if self._policy.problem:
             own.append(Problem(id="policy", severity="warning", text=self._policy.problem))
         own += self._verified.problems

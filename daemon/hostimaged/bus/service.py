@@ -31,7 +31,7 @@ from hostimaged.jobs.logind import Logind
 from hostimaged.jobs.operations import PREPARED, SOFT_REBOOT, Collect, Recover
 from hostimaged.jobs.process import Worker, WorkerSettings
 from hostimaged.jobs.queue import JobQueue
-from hostimaged.jobs.update_timer import TimerWatch
+from hostimaged.jobs.units import FinalizerWatch, Subscription, TimerWatch
 from hostimaged.log import get_logger
 
 if TYPE_CHECKING:
@@ -161,7 +161,14 @@ class Service:
             self._tasks.create_task(Watch(self._connection, condition, self._holds.set_condition).run())
             for condition in CONDITIONS
         ]
-        self._watches.append(self._tasks.create_task(TimerWatch(self._connection, self._timer_set).run()))
+        subscription = Subscription(self._connection)
+        self._watches += [
+            self._tasks.create_task(watch.run())
+            for watch in (
+                TimerWatch(self._connection, subscription, self._timer_set),
+                FinalizerWatch(self._connection, subscription, self._finalizer_missing),
+            )
+        ]
         self._tasks.create_task(self._queue.save())
         self._lanes = self._tasks.create_task(self._queue.run())
         self._scans = self._tasks.create_task(self._rescans.run())
@@ -238,6 +245,10 @@ class Service:
 
     def _timer_set(self, due: int) -> None:
         self._model.set_timer(due)
+        self._manager.refresh()
+
+    def _finalizer_missing(self, missing: bool) -> None:
+        self._model.set_finalizer_missing(missing)
         self._manager.refresh()
 
     def _unwatched(self, why: str) -> None:

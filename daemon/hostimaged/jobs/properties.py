@@ -1,6 +1,6 @@
 """Properties of services on the bus that may come and go: looked at when they may have changed.
 
-Nobody is started for it. Not here: what the properties mean (``conditions``, ``update_timer``).
+Nobody is started for it. Not here: what the properties mean (``conditions``, ``units``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""When the next update comes by itself: systemd's timer, as a double and, in the container, as it is."""
+"""What systemd tells of units that count here, as a double and, in the container, as it is.
+
+When the next update comes by itself, and whether anything will activate it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +18,9 @@ import pytest
 from hostimage_dbus.names import MANAGER_INTERFACE, ROOT_PATH
 from hostimage_dbus.transport import Connection, MethodCall, Variant
 from hostimage_testing.bus import PROPERTIES, Bus, Client, Daemon
-from hostimaged.jobs.update_timer import MANAGER, MANAGER_PATH, NAME, PATH, TIMER, UNIT
+from hostimage_testing.hosts import KINDS, RecordedHost
+from hostimage_testing.lives import installed
+from hostimaged.jobs.units import FINALIZER_PATH, MANAGER, MANAGER_PATH, NAME, TIMER, TIMER_PATH, UNIT
 
 NEVER = (1 << 64) - 1
 SOON = 1_900_000_000_000_000
@@ -22,10 +28,11 @@ SOON = 1_900_000_000_000_000
 
 @dataclass(eq=False)
 class SystemdDouble:
-    """Knows the properties of one timer; None is answered with an error. Tells whom it may of changes."""
+    """Knows the properties of both units; None is answered with an error. Tells whom it may of changes."""
 
     connection: Connection
     values: dict[tuple[str, str], Variant | None]
+    finalizer: str = "active"
     subscribers: int = 0
     subscribed: asyncio.Event = field(default_factory=asyncio.Event)
     faults: list[MethodCall] = field(default_factory=list)
@@ -35,7 +42,9 @@ class SystemdDouble:
             self.subscribers += 1
             self.subscribed.set()
             self.connection.reply(call, "", [])
-        elif (call.path, call.interface, call.member) == (PATH, PROPERTIES, "Get"):
+        elif (call.path, call.member, call.body) == (FINALIZER_PATH, "Get", [UNIT, "ActiveState"]):
+            self.connection.reply(call, "v", [Variant("s", self.finalizer)])
+        elif (call.path, call.interface, call.member) == (TIMER_PATH, PROPERTIES, "Get"):
             interface, member = call.body
             value = self.values[interface, member]
             if value is None:
@@ -49,7 +58,12 @@ class SystemdDouble:
         self.values[interface, member] = value
         if self.subscribers:
             body = [interface, {} if value is None else {member: value}, [member] if value is None else []]
-            self.connection.emit(PATH, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
+            self.connection.emit(TIMER_PATH, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
+
+    def set_finalizer(self, state: str) -> None:
+        self.finalizer = state
+        body = [UNIT, {"ActiveState": Variant("s", state)}, []]
+        self.connection.emit(FINALIZER_PATH, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
 
 
 @asynccontextmanager
@@ -157,3 +171,50 @@ async def test_an_answer_of_another_form_is_never(
         await told(client, SOON)
         double.set(TIMER, "NextElapseUSecRealtime", value)
         await told(client, SOON, 0)
+
+
+async def finalizer_problem(client: Client, there: bool) -> None:
+    """It is told that nothing will activate what is staged, or no more."""
+
+    async def told() -> bool:
+        problems = (await client.properties(ROOT_PATH, MANAGER_INTERFACE))["Problems"]
+        return any(id_ == "finalizer" for id_, *_ in problems)
+
+    seen = -1
+    while await told() is not there:
+        await client.until(lambda heard=seen: len(client.signals) > heard)
+        seen = len(client.signals)
+
+
+@pytest.mark.interop
+async def test_a_host_without_its_finalizer(bus: Bus, client: Client, tmp_path: Path, cfsctl: str) -> None:
+    host = RecordedHost(tmp_path / "host", cfsctl, kind=KINDS[0])
+    installed(host)
+    served = Daemon(bus, host.root, scripted=False)
+    try:
+        await served.start()
+        await finalizer_problem(client, there=False)
+        async with systemd(bus) as double:
+            await double.subscribed.wait()
+            for state, there in (
+                ("inactive", True),
+                ("activating", False),
+                ("failed", True),
+                ("active", False),
+            ):
+                double.set_finalizer(state)
+                await finalizer_problem(client, there=there)
+            double.set_finalizer("inactive")
+            await finalizer_problem(client, there=True)
+        await finalizer_problem(client, there=False)
+        await served.end()
+    finally:
+        served.clean_up()
+
+
+async def test_without_a_deployment_no_finalizer_is_missed(daemon: Daemon, bus: Bus, client: Client) -> None:
+    async with systemd(bus) as double:
+        double.finalizer = "inactive"
+        await daemon.start()
+        await double.subscribed.wait()
+        await finalizer_problem(client, there=False)
