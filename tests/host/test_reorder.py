@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from hostimaged.errors import (
 from hostimaged.host import reorder
 from hostimaged.host.pins import set_pinned
 from hostimaged.ids import DeploymentId
+from hostimaged.system.paths import HostPaths
 
 pytestmark = pytest.mark.interop
 
@@ -88,6 +91,29 @@ def test_the_rollback_deployment_is_deleted_with_all_it_has(host: RecordedHost) 
     assert not host.state(life.rollback).exists()
     assert not host.artifact(life.rollback).exists()
     assert host.artifact(life.booted).exists()
+    assert host.reboot() == life.booted.id
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="chattr needs root")
+def test_what_chattr_protects_goes_with_its_deployment(tmp_path: Path, cfsctl: str) -> None:
+    host = RecordedHost(tmp_path / "host", cfsctl, kind=KINDS[0])
+    life = upgraded(host)
+    assert life.rollback is not None
+    etc = host.state(life.rollback) / "etc"
+    (etc / "protected").mkdir()
+    (etc / "protected/file").write_text("mine\n")
+    (etc / "protected/link").symlink_to("/proc/self/mem")
+    os.mkfifo(etc / "protected/pipe")
+    (etc / "log").write_text("one\n")
+    protected = [["+i", etc / "protected/file"], ["+i", etc / "protected"], ["+a", etc / "log"]]
+    for how, path in protected:
+        if subprocess.run(["chattr", how, path], check=False, capture_output=True).returncode:
+            pytest.skip("this file system has no such attributes")
+    with session(host) as opened:
+        assert reorder.delete(opened, DeploymentId(life.rollback.id))["result"] == "deleted"
+    assert not host.state(life.rollback).exists()
+    assert list(HostPaths.scratch(host.root).temporary.iterdir()) == []
     assert host.reboot() == life.booted.id
 
 

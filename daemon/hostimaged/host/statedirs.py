@@ -7,6 +7,7 @@ of a deployment is complete. It is removed the other way round. Facts: deploymen
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +16,7 @@ from hostimaged.host import bootfs
 from hostimaged.host.bootfs import told
 from hostimaged.host.origin import origin_name
 from hostimaged.ids import DeploymentId
-from hostimaged.system import durable
+from hostimaged.system import durable, syscalls
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,5 +104,30 @@ def remove(paths: HostPaths, work: Path, id_: DeploymentId) -> bool:
         with bootfs.directory(path.parent) as source, bootfs.directory(work) as target:
             durable.publish_name(target, path.name, temporary, source=source)
             durable.sync_directory(source)
-        bootfs.remove_tree(work / temporary)
+        try:
+            bootfs.remove_tree(work / temporary)
+        except PermissionError:
+            _make_changeable(work / temporary)
+            bootfs.remove_tree(work / temporary)
     return True
+
+
+def _make_changeable(tree: Path) -> None:
+    """Take the attributes of files by which an administrator kept others from changing them (chattr(1))."""
+    for parent, _directories, files, parent_fd in os.fwalk(tree):
+        del parent
+        _take_attributes(".", parent_fd, os.O_DIRECTORY)
+        for name in files:
+            _take_attributes(name, parent_fd, 0)
+
+
+def _take_attributes(name: str, parent: int, flags: int) -> None:
+    # What is no file has none: links are not opened (ELOOP), sockets cannot be, devices must not be.
+    with suppress(OSError):
+        if not flags and not stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            return
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=parent)
+        try:
+            syscalls.make_changeable(fd)
+        finally:
+            os.close(fd)

@@ -30,7 +30,8 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
     # Deployments: trees of any owner, device nodes and attributes of any kind in their /etc, mounts.
     # SYS_ADMIN and SYS_CHROOT are also what it takes to enter the mount namespace of the host, where systemd
     # looks for the root that a soft reboot starts. To open that namespace takes SYS_PTRACE as well, which is
-    # used before anything is read, and not kept.
+    # used before anything is read, and not kept. LINUX_IMMUTABLE: what an administrator protected with chattr
+    # goes with its deployment.
     Profile.HOST: frozenset(
         {
             Capability.CHOWN,
@@ -38,6 +39,7 @@ CAPABILITIES: Final[Mapping[Profile, frozenset[Capability]]] = {
             Capability.DAC_READ_SEARCH,
             Capability.FOWNER,
             Capability.FSETID,
+            Capability.LINUX_IMMUTABLE,
             Capability.MAC_ADMIN,
             Capability.MKNOD,
             Capability.SETFCAP,

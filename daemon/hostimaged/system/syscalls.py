@@ -59,13 +59,18 @@ class VerityMissing(OSError):
 def _ioc(direction: int, number: int, size: int, group: int = ord("f")) -> int:
     """An ioctl number. Some architectures encode the direction differently."""
     if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")):
-        return {1: 4, 3: 6}[direction] << 29 | size << 16 | group << 8 | number
+        return {1: 4, 2: 2, 3: 6}[direction] << 29 | size << 16 | group << 8 | number
     return direction << 30 | size << 16 | group << 8 | number
 
 
 _FS_IOC_ENABLE_VERITY: Final = _ioc(1, 133, 128)
 _FS_IOC_MEASURE_VERITY: Final = _ioc(3, 134, 4)
 _FICLONE: Final = _ioc(1, 9, 4, group=0x94)
+#: Called after a long, they take an int (ioctl_iflags(2)).
+_FS_IOC_GETFLAGS: Final = _ioc(2, 1, struct.calcsize("l"))
+_FS_IOC_SETFLAGS: Final = _ioc(1, 2, struct.calcsize("l"))
+#: FS_IMMUTABLE_FL and FS_APPEND_FL.
+_UNCHANGEABLE: Final = 0x10 | 0x20
 #: version, hash algorithm, block size, salt size, salt, signature size, reserved, signature, reserved.
 _ENABLE_ARG: Final = struct.Struct("=IIIIQIIQ88s")
 _MEASURE_HEADER: Final = struct.Struct("=HH")
@@ -85,6 +90,19 @@ def enable_verity(fd: int, algorithm_id: int) -> None:
         if error.errno in {errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOPKG}:
             raise VerityUnsupported(error.errno, error.strerror) from None
         raise
+
+
+def make_changeable(fd: int) -> None:
+    """Take away the attributes *immutable* and *append only* of the file open as ``fd`` (chattr(1)).
+
+    Raises ``OSError``: EPERM without CAP_LINUX_IMMUTABLE, ENOTTY where the file system has no attributes.
+    """
+    buffer = bytearray(struct.calcsize("l"))
+    fcntl.ioctl(fd, _FS_IOC_GETFLAGS, buffer)
+    (flags,) = struct.unpack_from("=I", buffer)
+    if flags & _UNCHANGEABLE:
+        struct.pack_into("=I", buffer, 0, flags & ~_UNCHANGEABLE)
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, buffer)
 
 
 def measure_verity(fd: int, algorithm_id: int, digest_size: int) -> bytes:
