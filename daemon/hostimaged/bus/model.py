@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 #: Calls that change what boots next, and may be made in the background.
-_STAGING: Final = (Member.UPGRADE, Member.SWITCH, Member.STAGE)
+_STAGING: Final = (Member.UPGRADE, Member.SWITCH)
 _NO_FINALIZER: Final = Problem(
     id="finalizer",
     severity="error",

@@ -57,6 +57,9 @@ class World:
     def check_unified(self, request: Request) -> None:
         assert request.member is not Member.SET_UNIFIED
 
+    def check_background(self, request: Request) -> None:
+        assert not request.options.get("background", False)
+
     async def known(self, patience: float) -> bool:
         assert patience > 0
         return self.is_known
