@@ -18,7 +18,7 @@ from hostimage_testing.person import Person
 
 UNIT = "hostimaged.service"
 #: The capabilities that the unit leaves, by their numbers (capabilities(7)): all others are gone for good.
-CAPABILITIES = {0, 1, 2, 3, 4, 8, 18, 19, 21, 27, 31}
+CAPABILITIES = {0, 1, 2, 3, 4, 8, 9, 18, 19, 21, 27, 31}
 OTHER = "oci:/srv/other:latest"
 #: What takes half a second on a quiet machine may take five times as long where tests run side by side.
 STARTUP = 5.0
