@@ -162,6 +162,8 @@ class Campaign:
         told = self._fail_in("finalizing")
         if self.check(old, new) == new:
             return f"{told}, activated"
+        # Nobody else would tell that what was staged is not what runs.
+        assert {each["id"] for each in status(self.guest)["problems"]} == {"boot"}
         self.guest.run("hostimagectl", "upgrade", limit=LIMIT)
         assert deployment(self.guest, "staged")["id"] == new
         self._begin_shutdown()
