@@ -8,6 +8,7 @@ import select
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -19,10 +20,12 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 FULL = os.environ.get("HOSTIMAGE_VM_FULL") == "1"
 PROGRAM = REPOSITORY_ROOT / "tests/vm/play.py"
 LEAVE = b"\x01x"
+#: Seconds for what takes one minute where nothing else runs.
+LIMIT = 600
 
 
 class Terminal:
-    """A program on a terminal of its own."""
+    """A program on a terminal of its own, which hangs up when the context ends."""
 
     def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
         self._shown = b""
@@ -32,6 +35,20 @@ class Terminal:
                 os.execvpe(argv[0], argv, environment)
             finally:
                 os._exit(127)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._master >= 0:
+            self._hang_up()
+
+    def _hang_up(self) -> int:
+        """Whatever is left on the terminal ends with it (SIGHUP); gives the status of the program."""
+        os.close(self._master)
+        self._master = -1
+        _, status = os.waitpid(self._pid, 0)
+        return status
 
     def wait_for(self, text: str, limit: float) -> None:
         """Wait until ``text`` is shown after what was waited for before."""
@@ -59,9 +76,7 @@ class Terminal:
                 except OSError:
                     break
             assert time.monotonic() < deadline, "it does not end"
-        _, status = os.waitpid(self._pid, 0)
-        os.close(self._master)
-        return os.waitstatus_to_exitcode(status)
+        return os.waitstatus_to_exitcode(self._hang_up())
 
 
 def test_a_guest_to_play_with(disks: Installed, tmp_path: Path) -> None:
@@ -72,15 +87,15 @@ def test_a_guest_to_play_with(disks: Installed, tmp_path: Path) -> None:
         "HOSTIMAGE_TEST_CACHE": str(cache),
         "TMPDIR": str(tmp_path),
     }
-    terminal = Terminal([sys.executable, str(PROGRAM)], environment)
-    for command in ("su bob -c 'hostimagectl status'", "hostimagectl upgrade", "systemctl reboot"):
-        terminal.wait_for(command, 60)
-    terminal.wait_for("BdsDxe: starting", 60)
-    if FULL:
-        terminal.wait_for("root@guest", 600)
-        terminal.type(b"su bob -c 'hostimagectl status'\r")
-        terminal.wait_for("v1", 120)
-        terminal.wait_for("root@guest", 60)
-    terminal.type(LEAVE)
-    assert terminal.end(30) == 0
+    with Terminal([sys.executable, str(PROGRAM)], environment) as terminal:
+        for command in ("su bob -c 'hostimagectl status'", "hostimagectl upgrade", "systemctl reboot"):
+            terminal.wait_for(command, 60)
+        terminal.wait_for("BdsDxe: starting", 60)
+        if FULL:
+            terminal.wait_for("root@guest", LIMIT)
+            terminal.type(b"su bob -c 'hostimagectl status'\r")
+            terminal.wait_for("v1", LIMIT)
+            terminal.wait_for("root@guest", LIMIT)
+        terminal.type(LEAVE)
+        assert terminal.end(30) == 0
     assert list(tmp_path.iterdir()) == [], "something stays behind"
