@@ -20,10 +20,16 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root"),
     pytest.mark.timeout(300),
 ]
+#: As fsverity(1) tells that there is none.
+UNSUPPORTED = "echo \"ERROR: FS_IOC_MEASURE_VERITY failed on '$2': Operation not supported (95)\" >&2; exit 1"
 SCRIPT = REPOSITORY_ROOT / "systemd/initramfs/setup-root"
-#: What is looked at in the new root, before the namespace is gone with all its mounts.
+#: What is looked at in the new root, before the namespace is gone with all its mounts. They are shared within
+#: it, as systemd makes them in its initramfs; without systemd they are private.
 LOOK = """
 set -e
+mount --bind "$SYSROOT" "$SYSROOT"
+mount --make-rshared /
+[ "$PROPAGATION" = shared ] || mount --make-rprivate /
 "$@"
 cd "$SYSROOT"
 echo "root $(findmnt -no SOURCE,FSTYPE --target . | tail -n 1)"
@@ -51,6 +57,7 @@ class Initramfs:
         self.work = scratch / "work"
         self.programs = scratch / "programs"
         self.programs.mkdir()
+        self.propagation = "shared"
         self.says(f"quiet rw composefs=?{self.id}")
 
     def says(self, cmdline: str) -> None:
@@ -75,7 +82,12 @@ class Initramfs:
             capture_output=True,
             text=True,
             timeout=60,
-            env={"PATH": path, "SYSROOT": str(self.sysroot), "WORK": str(self.work)},
+            env={
+                "PATH": path,
+                "SYSROOT": str(self.sysroot),
+                "WORK": str(self.work),
+                "PROPAGATION": self.propagation,
+            },
         )
 
     def mounted(self) -> dict[str, str]:
@@ -100,11 +112,13 @@ def initramfs(tmp_path: Path, cfsctl: str) -> Initramfs:
     life = upgraded(host)
     # Verity is told by what the fsverity program says: this kernel has none.
     made = Initramfs(host, life.booted, tmp_path)
-    made.program("fsverity", "exit 1")
+    made.program("fsverity", UNSUPPORTED)
     return made
 
 
-def test_a_deployment_is_mounted(initramfs: Initramfs) -> None:
+@pytest.mark.parametrize("propagation", ["shared", "private"])
+def test_a_deployment_is_mounted(initramfs: Initramfs, propagation: str) -> None:
+    initramfs.propagation = propagation
     seen = initramfs.mounted()
     assert seen["root"] == f"composefs:{initramfs.id} overlay"
     assert "ro" in seen["options"].split(",")
@@ -171,6 +185,27 @@ def test_a_digest_that_differs_is_fatal(initramfs: Initramfs, optional: str) -> 
     assert "has the digest sha512:000" in initramfs.refusal()
 
 
+@pytest.mark.parametrize("why", ["No data available (61)", "Operation not supported (95)"])
+def test_only_that_there_is_none_is_tolerated(initramfs: Initramfs, why: str) -> None:
+    initramfs.program("fsverity", f'echo "ERROR: FS_IOC_MEASURE_VERITY failed: {why}" >&2; exit 1')
+    assert initramfs.mounted()["root"] == f"composefs:{initramfs.id} overlay"
+    initramfs.says(f"composefs={initramfs.id}")
+    assert initramfs.refusal() == f"the image of deployment {initramfs.id} has no fs-verity digest"
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [("echo 'ERROR: Input/output error (5)' >&2; exit 1", "Input/output error"), ("exit 127", "")],
+)
+def test_what_cannot_be_measured_is_not_taken_for_unprotected(
+    initramfs: Initramfs, program: str, told: str
+) -> None:
+    initramfs.program("fsverity", program)
+    refusal = initramfs.refusal()
+    assert refusal.startswith("the fs-verity digest of the image of deployment")
+    assert told in refusal
+
+
 @pytest.mark.parametrize("optional", ["", "?"])
 def test_with_verity_it_is_required_of_the_objects(initramfs: Initramfs, optional: str) -> None:
     """The ``?`` tolerates absence, it does not switch off."""
@@ -229,8 +264,25 @@ def test_the_image_decides_what_is_kept(initramfs: Initramfs, config: str, etc: 
 def test_a_volatile_var_is_left_to_systemd(initramfs: Initramfs, volatile: str) -> None:
     initramfs.says(f"composefs=?{initramfs.id} systemd.volatile={volatile}")
     assert initramfs.mounted()["writable"] == "etc"
-    initramfs.config.write_text('[var]\nmount = "bind"\n')
-    assert initramfs.mounted()["writable"] == "etc var"
+    for config in ("[var]\n", "[var]\nunknown = 5\n", "[var]\ntransient = false\n"):
+        initramfs.config.write_text(config)
+        assert initramfs.mounted()["writable"] == "etc", config
+    for config in ('[var]\nmount = "bind"\n', "[var]\ntransient = true\n"):
+        initramfs.config.write_text(config)
+        assert initramfs.mounted()["writable"] == "etc var", config
+
+
+def test_the_mode_of_an_upper_directory_is_kept(initramfs: Initramfs) -> None:
+    initramfs.config.write_text("[etc]\nmount = 'overlay'\n")
+    assert initramfs.mounted()["etc"].endswith("overlay")
+    upper = initramfs.state / "etc/upper"
+    assert [oct(path.stat().st_mode & 0o777) for path in (upper, upper.with_name("work"))] == [
+        "0o755",
+        "0o700",
+    ]
+    upper.chmod(0o750)
+    initramfs.mounted()
+    assert upper.stat().st_mode & 0o777 == 0o750
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,8 @@ class Files(Protocol):
 class SetupRoot:
     """The configuration; without one, and for what it leaves out, the defaults.
 
-    ``var_given``: it says something about ``/var``, which counts even where the kernel's command line asks
-    for a volatile one.
+    ``var_given``: it says where ``/var`` is, which counts even where the kernel's command line asks for a
+    volatile one.
     """
 
     transient_root: bool = False
@@ -89,7 +89,7 @@ class SetupRoot:
             transient_root=_flag(_section(parsed, "root"), "root"),
             etc=_mode(_section(parsed, "etc"), "etc"),
             var=_mode(_section(parsed, "var"), "var"),
-            var_given=not _section(parsed, "var").keys().isdisjoint(("mount", "transient")),
+            var_given="mount" in _section(parsed, "var") or _flag(_section(parsed, "var"), "var"),
         )
 
     @classmethod

@@ -12,11 +12,12 @@ depends() {
 }
 
 installkernel() {
-    instmods erofs overlay loop
+    # Whatever the machine has loaded on which the image is built.
+    hostonly='' instmods erofs overlay loop
 }
 
 install() {
-    inst_multiple mount umount modprobe fsverity mkdir chmod rmdir readlink ln cat
+    inst_multiple mount umount modprobe fsverity mkdir rmdir readlink ln cat
     inst_script /usr/lib/hostimaged/setup-root
     # It takes effect here: changing it in the image needs a new initramfs.
     inst_multiple -o /usr/lib/composefs/setup-root-conf.toml

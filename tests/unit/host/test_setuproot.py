@@ -38,7 +38,7 @@ class Files:
         ("etc.mount = 'overlay'\n", SetupRoot(etc=OVERLAY)),
         ("[var]\nmount = 'none'\n", SetupRoot(var=NONE, var_given=True)),
         ("[var]\nmount = 'bind'\n", SetupRoot(var_given=True)),
-        ("[var]\ntransient = false\n", SetupRoot(var_given=True)),
+        ("[var]\ntransient = false\n", SetupRoot()),
         ("[var]\n", SetupRoot()),
         ("[root]\ntransient = true\n", SetupRoot(transient_root=True)),
         ("[root]\nmount = 3\n[new]\nx = 1\n[etc]\nodd = []\n", SetupRoot()),

@@ -20,6 +20,7 @@ from hostimaged.system import syscalls
 SCRIPT = Path(__file__).parents[3] / "systemd/initramfs/setup-root"
 CONTENT = b"of the operating system" * 1000
 LOOK = """
+mount --bind "$SYSROOT" "$SYSROOT" && mount --make-rshared / || exit 2
 "$@" || exit 1
 findmnt --noheadings --output SOURCE,FSTYPE,OPTIONS --target "$SYSROOT" | tail -n 1
 sha512sum < "$SYSROOT/usr/file" && touch "$SYSROOT/etc/probe"
