@@ -256,4 +256,6 @@ async def test_what_others_left_is_settled_at_start_and_then_collected(
     assert host.state(life.staged).exists() is (left != "by bootc")
     assert (host.repository / "meta.json").exists()
     assert (await by_itself(client))["result"] in ("collected", "nothing")
+    # It may be writing into /run still.
+    await served.end()
     assert host.reboot() == life.booted.id
